@@ -1,0 +1,55 @@
+"""What a sampler hands over, and the resampling that makes weighted draws equal."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Draws in latent units.
+
+    Parameters
+    ----------
+    z
+        Draws, shape (ensemble, draw, *event); tokens are integers.
+    log_weights
+        Unnormalised log-weights within each ensemble, float64, or None where draws have equal weight.
+    log_evidence
+        Estimate of log p(y) from each ensemble, float64, or None.
+    is_chain
+        Whether the draws of an ensemble are states of one Markov chain, so that R-hat has a meaning.
+    """
+
+    z: Tensor
+    log_weights: Float[Tensor, "ensemble draw"] | None = None
+    log_evidence: Float[Tensor, " ensemble"] | None = None
+    is_chain: bool = False
+
+
+def systematic_resample(
+    log_weights: Float[Tensor, "ensemble n"], uniform: Float[Tensor, " ensemble"], draws: int | None = None
+) -> Int[Tensor, "ensemble draws"]:
+    """Ancestors by systematic resampling, one uniform an ensemble (Kitagawa 1996).
+
+    Parameters
+    ----------
+    log_weights
+        Unnormalised log-weights.
+    uniform
+        One uniform in [0, 1) for each ensemble.
+    draws
+        Number of ancestors; as many as particles if None.
+
+    Returns
+    -------
+        Sorted ancestor indices within each ensemble.
+    """
+    e, n = log_weights.shape
+    draws = n if draws is None else draws
+    cumulative = torch.softmax(log_weights.double(), dim=-1).cumsum(-1)
+    cumulative = cumulative / cumulative[:, -1:]
+    points = (torch.arange(draws, device=log_weights.device, dtype=torch.float64) + uniform[:, None]) / draws
+    return torch.searchsorted(cumulative, points.reshape(e, draws)).clamp_(max=n - 1)

@@ -1,0 +1,9 @@
+"""Likelihoods: what was measured and how, in physical units."""
+
+from invdiff.likelihoods.base import Likelihood
+from invdiff.likelihoods.gaussian import Gaussian
+from invdiff.likelihoods.objective import Objective
+from invdiff.likelihoods.poisson import Poisson
+from invdiff.likelihoods.product import Product
+
+__all__ = ["Gaussian", "Likelihood", "Objective", "Poisson", "Product"]

@@ -1,0 +1,42 @@
+"""What likelihoods of stacked measurements share: checks, rows, and the proof that two operators are one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from invdiff.errors import InputError, ShapeError
+from invdiff.operators.base import Operator, fingerprint
+
+
+def as_measurements(y: Tensor, operator: Operator) -> Tensor:
+    if tuple(y.shape) == operator.out_shape:
+        y = y[None]
+    if tuple(y.shape[1:]) != operator.out_shape or y.shape[0] == 0:
+        raise ShapeError(
+            f"The measurement has shape {tuple(y.shape)}, but {type(operator).__name__} gives {operator.out_shape}; "
+            "pass one measurement of that shape, or several along a leading axis."
+        )
+    if not bool(torch.isfinite(torch.view_as_real(y) if y.is_complex() else y).all()):
+        bad = int((~torch.isfinite(y)).sum())
+        raise InputError(f"The measurement holds {bad} values that are not finite; mask them out with operators.Inpainting.")
+    return y
+
+
+def pick(y: Tensor, index: Tensor) -> Tensor:
+    return y if len(y) == 1 else y[index]
+
+
+def flat_sum(t: Tensor) -> Tensor:
+    return t.flatten(1).sum(1)
+
+
+def shared_operator(operators: Sequence[Operator]) -> Operator:
+    first = operators[0]
+    print_of_first = None
+    for operator in operators[1:]:
+        if operator is not first:
+            print_of_first = print_of_first or fingerprint(first)
+            if fingerprint(operator) != print_of_first:
+                raise InputError("Problems that run together share one operator; these have different ones. Solve them one by one.")
+    return first

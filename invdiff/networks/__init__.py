@@ -1,0 +1,5 @@
+"""Networks: plain modules that know nothing of noise schedules; the priors wrap them."""
+
+from invdiff.networks.unet import UNet
+
+__all__ = ["UNet"]

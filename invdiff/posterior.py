@@ -1,0 +1,554 @@
+"""The posterior: a problem and a prior together, and all that a sampler sees.
+
+Every method takes states with any leading axes, (n, *shape) or (ensemble, particle, *shape), problem-major: with p problems, the
+first 1/p of the particles belong to the first problem. The posterior alone splits work into micro-batches and counts evaluations.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from invdiff import driver
+from invdiff.driver import Budget, Callback, Sampler
+from invdiff.errors import CapabilityError, InputError, ShapeError
+from invdiff.event import Event, check_agreement, plain_event
+from invdiff.likelihoods import Gaussian, Likelihood
+from invdiff.noise import Noise, stream_key
+from invdiff.operators.base import LinearOperator, Operator, fingerprint
+from invdiff.operators.composition import Affine, LinearComposition, Scale
+from invdiff.potential import LinearGaussian, LogProbAndGrad, Path
+from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior, Sigma
+from invdiff.problem import Problem
+from invdiff.solution import Solution
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Evaluations:
+    """Particles passed through the network and the likelihood, forward and backward."""
+
+    denoiser: int = 0
+    denoiser_vjp: int = 0
+    likelihood: int = 0
+    likelihood_grad: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A micro-batch in the middle of a vector-Jacobian product, handed to the caller's cotangent function.
+
+    Parameters
+    ----------
+    denoised
+        D(z, sigma) of these rows, (n, *shape).
+    vjp
+        v -> (dD/dz)^T v on these rows; may be called many times.
+    log_likelihood_and_grad
+        Of these rows' measurements, with respect to the latent event.
+    deviance
+        Of these rows' measurements.
+    linear
+        The linear-Gaussian problem of these rows, or None.
+    """
+
+    denoised: Tensor
+    vjp: Callable[[Tensor], Tensor]
+    log_likelihood_and_grad: LogProbAndGrad
+    deviance: Callable[[Tensor], Tensor]
+    linear: LinearGaussian | None
+
+
+class Posterior:
+    """``p(z | y)`` in the prior's latent space.
+
+    Parameters
+    ----------
+    problem
+        One problem, or several that share operator, noise level and event and are solved in one batch.
+    prior
+        A DiffusionPrior or MaskedPrior.
+    device
+        Where to run; the prior's own device if None. The prior and the likelihood are moved there.
+    dtype
+        Of the states; float32, or float64 for checks against closed forms.
+    micro_batch
+        Particles in one pass through the network or the operator; all at once if None.
+    precision
+        Of the network: "float32", or "bfloat16" or "float16" by autocast.
+    compile
+        Whether to torch.compile the denoiser.
+
+    Raises
+    ------
+    ShapeError
+        If the problem and the prior speak of different unknowns.
+    """
+
+    def __init__(
+        self,
+        problem: Problem | Sequence[Problem],
+        prior: DiffusionPrior | MaskedPrior,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        micro_batch: int | None = None,
+        precision: str = "float32",
+        compile: bool = False,  # noqa: A002 torch's word
+    ) -> None:
+        problems = [problem] if isinstance(problem, Problem) else list(problem)
+        if not problems:
+            raise InputError("There is no problem to solve; pass one or several.")
+        if precision not in PRECISIONS:
+            raise InputError(f"precision is one of {sorted(PRECISIONS)}, got {precision!r}.")
+        if micro_batch is not None and micro_batch < 1:
+            raise InputError(f"micro_batch must be at least 1, got {micro_batch}.")
+        self._single = isinstance(problem, Problem)
+        self.device = torch.device(device) if device is not None else _device_of(prior)
+        self.dtype, self.micro_batch, self.precision, self.compiled = dtype, micro_batch, precision, compile
+        if any(p.given for p in problems):
+            prior = _conditioned(prior, problems)
+        self.prior = prior
+        if isinstance(prior, nn.Module):
+            prior.to(self.device)
+        self.shape = tuple(prior.shape)
+        decoder = getattr(prior, "decoder", None)
+        self._decoder: Operator | None = decoder.to(self.device) if isinstance(decoder, Operator) else None
+        self.event: Event = getattr(prior, "event", None) or plain_event(self._decoder.out_shape if self._decoder else self.shape)
+        for p in problems:
+            check_agreement(p.event, self.event)
+        likelihood = problems[0].likelihood if len(problems) == 1 else _stack([p.likelihood for p in problems])
+        self._likelihood: Likelihood = likelihood.to(self.device)
+        self._keys = [p.key for p in problems]
+        self._about = [(p.name, dict(p.card)) for p in problems]
+        self.evaluations = Evaluations()
+        self._denoise = prior.denoise if isinstance(prior, DiffusionPrior) else None
+        if compile and self._denoise is not None:
+            self._denoise = torch.compile(self._denoise)
+        self._linear = self._compose()
+        self._mean: Tensor | None = None
+
+    # What the problem and the prior can do.
+
+    @property
+    def problems(self) -> int:
+        """Number of problems solved together."""
+        return self._likelihood.problems
+
+    @property
+    def sigma_min(self) -> float:
+        """Smallest noise level, latent units."""
+        return float(self._continuous().sigma_min)
+
+    @property
+    def sigma_max(self) -> float:
+        """Largest noise level, latent units."""
+        return float(self._continuous().sigma_max)
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """The denoiser's error covariance by sigma, where the prior knows it."""
+        return getattr(self.prior, "curvature", None)
+
+    @property
+    def linear(self) -> LinearGaussian | None:
+        """The linear-Gaussian problem in latent units, or None."""
+        return self._linear
+
+    @property
+    def measurements(self) -> int:
+        """Number of real values in one measurement."""
+        return self._likelihood.measurements
+
+    @property
+    def noise_std(self) -> float | None:
+        """Root-mean-square noise of a Gaussian likelihood in the measurement's units, or None for other likelihoods."""
+        if isinstance(self._likelihood, Gaussian):
+            return float((self._likelihood.noise_std**2).mean().sqrt())
+        return None
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What samplers may rely on.
+
+        Of likelihood_gradient, denoiser, denoiser_vjp, curvature, gaussian, linear, svd, masked.
+        """
+        found = set()
+        if getattr(self._likelihood, "differentiable", True):
+            found.add("likelihood_gradient")
+        if isinstance(self._likelihood, Gaussian):
+            found.add("gaussian")
+        if isinstance(self.prior, DiffusionPrior):
+            found |= {"denoiser"} | ({"denoiser_vjp"} if getattr(self.prior, "differentiable", True) else set())
+        if isinstance(self.prior, MaskedPrior):
+            found.add("masked")
+        if self.curvature is not None:
+            found.add("curvature")
+        if self._linear is not None:
+            found |= {"linear"} | ({"svd"} if self._linear.has_svd else set())
+        return frozenset(found)
+
+    def require(self, sampler: Sampler) -> None:
+        """Raise CapabilityError, naming what is missing, unless the sampler can run here."""
+        missing = sampler.requires() - self.capabilities
+        if missing:
+            raise CapabilityError(
+                f"{type(sampler).__name__} needs {', '.join(sorted(missing))}, which this problem and prior do not have "
+                f"(they have: {', '.join(sorted(self.capabilities))})."
+            )
+
+    # The prior.
+
+    def denoise(self, z: Tensor, sigma: Sigma) -> Tensor:
+        """E[z_0 | z_sigma = z], for z of any leading axes; sigma a float or a tensor of the leading axes."""
+        flat, levels = self._flat(z), self._levels(z, sigma)
+        out = [self._network(flat[s], _at(levels, s)) for s in self._chunks(len(flat))]
+        return torch.cat(out).reshape(z.shape)
+
+    def denoise_vjp(self, z: Tensor, sigma: Sigma, cotangent: Callable[[Block], Tensor]) -> tuple[Tensor, Tensor]:
+        """D(z, sigma), and ``(dD/dz)^T v`` for the v that ``cotangent`` makes of each micro-batch.
+
+        The graph of one micro-batch is alive at a time, so memory does not grow with the number of particles.
+        """
+        flat, levels, rows = self._flat(z), self._levels(z, sigma), self.rows(z)
+        denoised, products = [], []
+        for s in self._chunks(len(flat)):
+            with torch.enable_grad():
+                leaf = flat[s].detach().requires_grad_()
+                d = self._network(leaf, _at(levels, s))
+
+            def vjp(v: Tensor, d: Tensor = d, leaf: Tensor = leaf) -> Tensor:
+                self.evaluations.denoiser_vjp += len(v)
+                return torch.autograd.grad(d, leaf, v.to(d.dtype), retain_graph=True)[0]
+
+            likelihood = self._likelihood.rows(rows[s])
+            block = Block(
+                denoised=d.detach(),
+                vjp=vjp,
+                log_likelihood_and_grad=self._latent(likelihood),
+                deviance=lambda x, likelihood=likelihood: likelihood.deviance(self._decoded(x)),  # type: ignore[misc]
+                linear=None if self._linear is None else self._linear.rows(rows[s]),
+            )
+            products.append(vjp(cotangent(block)))
+            denoised.append(block.denoised)
+        return torch.cat(denoised).reshape(z.shape), torch.cat(products).reshape(z.shape)
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities (..., length, vocabulary) of a masked prior at tokens (..., length)."""
+        if not isinstance(self.prior, MaskedPrior):
+            raise CapabilityError(f"{type(self.prior).__name__} is not a masked prior; it has no log_probs.")
+        flat = self._flat(tokens)
+        self.evaluations.denoiser += len(flat)
+        out = torch.cat([self.prior.log_probs(flat[s]) for s in self._chunks(len(flat))])
+        return out.reshape(*tokens.shape, out.shape[-1])
+
+    def noised_mean(self) -> Tensor:
+        """Mean of the prior as its denoiser sees it at sigma_max, (*shape): what the first noisy state is centred on."""
+        if self._mean is None:
+            zero = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
+            self._mean = self._network(zero, self.sigma_max)[0]
+        return self._mean
+
+    def start(self, ensembles: int, n: int, noise: Noise) -> Tensor:
+        """First noisy state, N(mean, sigma_max^2), of shape (ensembles, n, *shape)."""
+        shape = (ensembles, n, *self.shape)
+        return self.noised_mean() + self.sigma_max * noise.like(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Physical units, as one tensor (..., *physical shape)."""
+        lead = z.shape[: z.ndim - len(self.shape)]
+        x = self._decoded(self._flat(z))
+        return x.reshape(*lead, *x.shape[1:])
+
+    # The likelihood.
+
+    def log_likelihood(self, z: Tensor) -> Tensor:
+        """Log p(y | z), of the leading axes' shape."""
+        return self._over_rows(z, lambda likelihood, x: (likelihood.log_prob(self._decoded(x)),))[0]
+
+    def log_likelihood_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log p(y | z) and its gradient with respect to z."""
+        self.evaluations.likelihood_grad += self._count(z)
+        value, grad = self._over_rows(z, lambda likelihood, x: self._latent(likelihood)(x))
+        return value, grad.reshape(z.shape)
+
+    def deviance(self, z: Tensor) -> Tensor:
+        """Twice the log-likelihood lost against a perfect fit; a chi-square for Gaussian noise."""
+        return self._over_rows(z, lambda likelihood, x: (likelihood.deviance(self._decoded(x)),))[0]
+
+    def misfit(self, z: Tensor) -> float:
+        """Reduced chi-square: the mean deviance over the number of measured values; 1 where the fit is as good as the noise."""
+        return float(self.deviance(z).mean()) / self.measurements
+
+    def rows(self, z: Tensor) -> Tensor:
+        """Index of the problem that each particle of z belongs to, flat."""
+        m, p = self._count(z), self.problems
+        if m % p:
+            raise ShapeError(f"{m} particles cannot be shared by {p} problems.")
+        return torch.arange(p, device=z.device).repeat_interleave(m // p)
+
+    def linear_rows(self, z: Tensor, function: Callable[[LinearGaussian, Tensor], Tensor]) -> Tensor:
+        """Apply ``function(linear problem of the rows, rows)`` by micro-batches; its result has z's shape."""
+        if self._linear is None:
+            raise CapabilityError("This problem is not linear with Gaussian noise.")
+        flat, rows = self._flat(z), self.rows(z)
+        self.evaluations.likelihood_grad += len(flat)
+        return torch.cat([function(self._linear.rows(rows[s]), flat[s]) for s in self._chunks(len(flat))]).reshape(z.shape)
+
+    def potential(self, sigma: float, path: Path) -> LogProbAndGrad:
+        """The tempered likelihood f_sigma along a path: z -> (value of the leading axes' shape, gradient of z's shape)."""
+
+        def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+            flat, rows = self._flat(z), self.rows(z)
+            values, grads = [], []
+            for s in self._chunks(len(flat)):
+                linear = None if self._linear is None else self._linear.rows(rows[s])
+                f = path.potential(sigma, linear, self._latent(self._likelihood.rows(rows[s])))
+                value, grad = f(flat[s])
+                values.append(value)
+                grads.append(grad)
+            return torch.cat(values).reshape(z.shape[: z.ndim - len(self.shape)]), torch.cat(grads).reshape(z.shape)
+
+        return value_and_grad
+
+    # Sampling.
+
+    def sample(
+        self,
+        sampler: Sampler,
+        draws: int = 16,
+        *,
+        seed: int = 0,
+        chains: int = 1,
+        budget: Budget | None = None,
+        progress: bool | str = False,
+        callback: Callback | None = None,
+        checkpoint: str | FilePath | None = None,
+        checkpoint_every: float = 30.0,
+    ) -> "Solution | list[Solution]":
+        """Draw from the posterior.
+
+        Parameters
+        ----------
+        sampler
+            A sampler's settings.
+        draws
+            Draws (particles) in a chain.
+        seed
+            Seed; the same seed gives the same draws for any micro-batch and whatever other problems are solved beside this one.
+        chains
+            Independent ensembles a problem.
+        budget, progress, callback, checkpoint, checkpoint_every
+            As in `invdiff.driver.run`.
+
+        Returns
+        -------
+            A solution, or a list of them if the posterior was made from a list of problems.
+
+        Raises
+        ------
+        CapabilityError
+            If the sampler cannot do the problem.
+        InputError
+            If draws or chains are not positive.
+        SamplingError
+            If the run fails or is stopped before it has draws.
+        """
+        if draws < 1 or chains < 1:
+            raise InputError(f"A solution needs at least one draw and one chain, got draws={draws}, chains={chains}.")
+        self.require(sampler)
+        self.evaluations, began = Evaluations(), time.perf_counter()
+        keys = [stream_key(seed, key, chain) for key in self._keys for chain in range(chains)]
+        noise = Noise(keys, draws, device=self.device, dtype=self.dtype)
+        total = len(keys) * draws
+        identity = f"{sampler!r} {self._keys} {self._prior_key()} draws={draws} chains={chains} seed={seed} {self.dtype}"
+        outcome = driver.run(
+            sampler,
+            self,
+            ensembles=len(keys),
+            n=draws,
+            noise=noise,
+            evaluations=lambda: self.evaluations.denoiser / total,
+            budget=budget,
+            callback=callback,
+            progress=progress,
+            checkpoint=None if checkpoint is None else FilePath(checkpoint),
+            checkpoint_every=checkpoint_every,
+            identity=identity,
+        )
+        about = self._provenance(sampler, draws, chains, seed, total, time.perf_counter() - began, outcome)
+        solutions = []
+        with torch.no_grad():
+            for i in range(self.problems):
+                part = slice(i * chains, (i + 1) * chains)
+                likelihood = self._likelihood.rows(torch.tensor([i], device=self.device))
+                own = about | {"problem": self._about[i][0], "problem_card": self._about[i][1], "problem_key": self._keys[i]}
+                solutions.append(
+                    Solution.from_draws(
+                        outcome.draws, part, decode=self.decode, event=self.event, likelihood=likelihood, trace=outcome.trace, about=own,
+                        seed=stream_key(seed, self._keys[i], "resample"), split=self._split,
+                    )
+                )  # fmt: skip
+        return solutions[0] if self._single else solutions
+
+    # Within.
+
+    def _continuous(self) -> DiffusionPrior:
+        if not isinstance(self.prior, DiffusionPrior):
+            raise CapabilityError(f"{type(self.prior).__name__} has no noise levels; it is not a diffusion prior.")
+        return self.prior
+
+    def _compose(self) -> LinearGaussian | None:
+        likelihood, decoder = self._likelihood, self._decoder
+        if not isinstance(likelihood, Gaussian) or not isinstance(likelihood.operator, LinearOperator) or likelihood.measurement.is_complex():
+            return None
+        A, y = likelihood.operator, likelihood.measurement
+        if decoder is None:
+            return LinearGaussian(A, y, likelihood.noise_std)
+        if isinstance(decoder, Affine):
+            if decoder.offset:
+                y = y - A(torch.full((1, *A.in_shape), decoder.offset, dtype=y.dtype, device=y.device))
+            return LinearGaussian(A if decoder.scale == 1.0 else LinearComposition(A, decoder.linear), y, likelihood.noise_std)
+        if isinstance(decoder, LinearOperator):
+            return LinearGaussian(A if isinstance(decoder, Scale) and decoder.factor == 1.0 else LinearComposition(A, decoder), y, likelihood.noise_std)
+        return None
+
+    def _network(self, z: Tensor, sigma: Sigma) -> Tensor:
+        if self._denoise is None:
+            raise CapabilityError(f"{type(self.prior).__name__} has no denoiser.")
+        self.evaluations.denoiser += len(z)
+        level = PRECISIONS[self.precision]
+        if self.compiled and not isinstance(sigma, Tensor):
+            sigma = torch.full((len(z),), sigma, dtype=z.dtype, device=z.device)  # a float would be compiled in
+        with torch.autocast(self.device.type, dtype=level) if level is not None else nullcontext():
+            return self._denoise(z, sigma).to(z.dtype)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        if self._decoder is not None:
+            return self._decoder(z)
+        decode = getattr(self.prior, "decode", None)
+        return z if decode is None else cast(Tensor, decode(z))
+
+    def _latent(self, likelihood: Likelihood) -> LogProbAndGrad:
+        """Log-likelihood and gradient with respect to the latent event: the decoder's adjoint pulls the gradient back."""
+        decoder = self._decoder
+
+        def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+            if decoder is None and not hasattr(self.prior, "decode"):
+                return likelihood.log_prob_and_grad(z)
+            if isinstance(decoder, Affine):
+                value, grad = likelihood.log_prob_and_grad(decoder(z))
+                return value, decoder.scale * grad
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_()
+                x = self._decoded(leaf)
+            value, grad = likelihood.log_prob_and_grad(x.detach())
+            return value, torch.autograd.grad(x, leaf, grad)[0]
+
+        return value_and_grad
+
+    def _over_rows(self, z: Tensor, function: Callable[[Likelihood, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        flat, rows = self._flat(z), self.rows(z)
+        self.evaluations.likelihood += len(flat)
+        parts = [function(self._likelihood.rows(rows[s]), flat[s]) for s in self._chunks(len(flat))]
+        lead = z.shape[: z.ndim - len(self.shape)]
+        return tuple(t.reshape(*lead, *t.shape[1:]) for t in (torch.cat(p) for p in zip(*parts, strict=True)))
+
+    def _flat(self, z: Tensor) -> Tensor:
+        if tuple(z.shape[z.ndim - len(self.shape) :]) != self.shape or z.ndim == len(self.shape):
+            raise ShapeError(f"States here have shape (..., {', '.join(map(str, self.shape))}), got {tuple(z.shape)}.")
+        return z.reshape(-1, *self.shape)
+
+    def _count(self, z: Tensor) -> int:
+        return prod(z.shape[: z.ndim - len(self.shape)])
+
+    def _levels(self, z: Tensor, sigma: Sigma) -> Sigma:
+        if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+            return float(sigma)
+        return sigma.expand(z.shape[: z.ndim - len(self.shape)]).reshape(-1)
+
+    def _chunks(self, m: int) -> "Iterator[slice]":
+        size = self.micro_batch or m
+        return (slice(i, min(i + size, m)) for i in range(0, m, size))
+
+    def _split(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Physical draws by variable where the event has several."""
+        if len(self.event) == 1:
+            return x
+        lead = x.shape[: x.ndim - 1]
+        parts = x.split([v.size for v in self.event], dim=-1)
+        return {v.name: part.reshape(*lead, *v.shape) for v, part in zip(self.event, parts, strict=True)}
+
+    def _prior_key(self) -> str:
+        key = getattr(self.prior, "key", None)
+        if key is None:
+            key = fingerprint(self.prior) if isinstance(self.prior, nn.Module) else type(self.prior).__qualname__
+        return str(key)
+
+    def _provenance(
+        self, sampler: Sampler, draws: int, chains: int, seed: int, total: int, seconds: float, outcome: driver.Outcome
+    ) -> dict[str, Any]:
+        import invdiff
+
+        count = self.evaluations
+        return {
+            "invdiff_version": invdiff.__version__,
+            "torch_version": str(torch.__version__),
+            "prior": str(getattr(self.prior, "name", type(self.prior).__name__)),
+            "prior_key": self._prior_key(),
+            "sampler": type(sampler).__name__,
+            "sampler_settings": repr(sampler),
+            "citation": type(sampler).citation,
+            "draws": draws,
+            "chains": chains,
+            "seed": seed,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "micro_batch": self.micro_batch or 0,
+            "seconds": seconds,
+            "problems_in_run": self.problems,
+            "evaluations_per_draw": count.denoiser / total,
+            "backward_evaluations_per_draw": count.denoiser_vjp / total,
+            "likelihood_evaluations_per_draw": (count.likelihood + count.likelihood_grad) / total,
+            "stopped": outcome.stopped or "",
+        }
+
+
+def _at(levels: Sigma, rows: slice) -> Sigma:
+    return levels[rows] if isinstance(levels, Tensor) else levels
+
+
+def _device_of(prior: object) -> torch.device:
+    if isinstance(prior, nn.Module):
+        for tensor in (*prior.parameters(), *prior.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _stack(parts: Sequence[Likelihood]) -> Likelihood:
+    if len({type(p) for p in parts}) != 1:
+        raise InputError(f"Problems that run together have one kind of likelihood, got {sorted({type(p).__name__ for p in parts})}.")
+    return type(parts[0]).stack(parts)
+
+
+def _conditioned(prior: Any, problems: Sequence[Problem]) -> Any:
+    condition = getattr(prior, "condition", None)
+    if condition is None:
+        raise CapabilityError(
+            f"The problem gives {sorted(problems[0].given)} as known, but {type(prior).__name__} has no condition(given)."
+        )
+    if len(problems) > 1:
+        raise InputError("Problems with given variables are solved one by one; pass them to solve singly.")
+    return condition(problems[0].given)

@@ -1,0 +1,175 @@
+r"""The likelihood along the noise levels: the linear problem in latent units, and the paths that temper it.
+
+A path is a family f_sigma with f_0 = log p(y | z). The noised path of a linear-Gaussian problem is
+
+    f_sigma(z) = log N(y; A z, R + kappa sigma^2 A A^T)
+
+It is exact where A A^T is diagonal in a known basis (an SVD); elsewhere A A^T is replaced by its bound ||A||^2, which
+is a valid path too, since any positive f_sigma with the right end will do.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log, pi, prod
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from invdiff.errors import CapabilityError
+from invdiff.operators.base import LinearOperator
+from invdiff.operators.solvers import conjugate_gradient
+
+LogProbAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    r"""``y = A z + noise_std * eps`` in latent units, with A the measurement operator after the prior's decoder.
+
+    Parameters
+    ----------
+    operator
+        A, from latent units to the measurement's.
+    measurement
+        Measurements less the decoder's offset, (problems, \*out_shape), or one a row after `rows`.
+    noise_std
+        Scalar or diagonal, measurement's units, float64.
+    """
+
+    operator: LinearOperator
+    measurement: Tensor
+    noise_std: Tensor
+
+    @property
+    def scalar_variance(self) -> float | None:
+        """R where it is a scalar, else None."""
+        return float(self.noise_std) ** 2 if self.noise_std.ndim == 0 else None
+
+    @property
+    def has_svd(self) -> bool:
+        """Whether functions of A A^T + R are closed forms: an SVD of A, and scalar R."""
+        return self.noise_std.ndim == 0 and self.operator.svd is not None
+
+    def rows(self, index: Tensor) -> "LinearGaussian":
+        """The problem whose row i holds measurement ``index[i]``."""
+        y = self.measurement if len(self.measurement) == 1 else self.measurement[index]
+        return LinearGaussian(self.operator, y, self.noise_std)
+
+    def residual(self, z: Tensor) -> Tensor:
+        """Y - A z for z of shape (n, *shape)."""
+        return self.measurement.to(z.dtype) - self.operator(z)
+
+    def solve(
+        self,
+        r: Tensor,
+        covariance: Callable[[Tensor], Tensor] | float,
+        *,
+        rtol: float | None = None,
+        max_iterations: int = 500,
+    ) -> Tensor:
+        """(R + A C A^T)^{-1} r.
+
+        Parameters
+        ----------
+        r
+            Residuals (n, *out_shape).
+        covariance
+            v -> C v on (n, *shape), symmetric and positive; or a float c for C = c * identity (a closed form with an SVD).
+        rtol, max_iterations
+            Of the conjugate gradients, where they are needed.
+        """
+        A, variance = self.operator, (self.noise_std**2).to(r.dtype)
+        if isinstance(covariance, (int, float)):
+            c = float(covariance)
+            if self.has_svd and A.svd is not None:
+                return A.svd.outer(lambda s2: 1.0 / (variance + c * s2), r)
+            return conjugate_gradient(
+                lambda v: variance * v + c * A(A.adjoint(v)), r, rtol=rtol, max_iterations=max_iterations
+            )
+        apply = covariance
+        return conjugate_gradient(lambda v: variance * v + A(apply(A.adjoint(v))), r, rtol=rtol, max_iterations=max_iterations)
+
+
+class Path(ABC):
+    """How the likelihood is tempered along the noise levels; subclasses are final frozen dataclasses."""
+
+    @abstractmethod
+    def potential(
+        self, sigma: float, linear: LinearGaussian | None, log_prob_and_grad: LogProbAndGrad
+    ) -> LogProbAndGrad:
+        """f_sigma and its gradient, on rows (n, *shape)."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Noised(Path):
+    """``log N(y; A z, R + kappa sigma^2 A A^T)``: the likelihood of the measurement with the noise of z in it.
+
+    Parameters
+    ----------
+    kappa
+        0 is the constant path; 1 the noised likelihood, with which steps need not shrink as sigma grows.
+    """
+
+    kappa: float = 1.0
+
+    def potential(
+        self, sigma: float, linear: LinearGaussian | None, log_prob_and_grad: LogProbAndGrad
+    ) -> LogProbAndGrad:
+        """f_sigma and its gradient; see `Path.potential`."""
+        if sigma == 0.0 or self.kappa == 0.0:
+            return log_prob_and_grad
+        if linear is None:
+            raise CapabilityError("The noised path needs a linear-Gaussian problem; use the path Tempered for others.")
+        A, extra = linear.operator, self.kappa * sigma**2
+        size = prod(A.out_shape)
+        svd, R = A.svd, linear.scalar_variance
+        if svd is not None and R is not None:
+            s2 = svd.singular_values.double() ** 2
+            log_det = size * log(R) + float(torch.log1p(extra / R * s2).sum())
+
+            def solve(r: Tensor) -> Tensor:
+                return svd.outer(lambda t: 1.0 / (R + extra * t), r)
+        else:
+            variance = linear.noise_std**2 + extra * A.norm() ** 2
+            log_det = float(torch.broadcast_to(variance, A.out_shape).log().sum())
+
+            def solve(r: Tensor) -> Tensor:
+                return r / variance.to(r.dtype)
+
+        def value_and_grad(z: Tensor) -> tuple[Float[Tensor, " n"], Tensor]:
+            r = linear.residual(z)
+            w = solve(r)
+            value = -0.5 * ((r * w).flatten(1).sum(1) + log_det + size * log(2.0 * pi))
+            return value, A.adjoint(w)
+
+        return value_and_grad
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Tempered(Path):
+    """``log p(y | z) / (1 + (sigma / scale)^2)``: for any likelihood.
+
+    Parameters
+    ----------
+    scale
+        Noise level at which half of the likelihood acts, latent units; about noise_std / ||dA/dz||.
+    """
+
+    scale: float
+
+    def potential(
+        self, sigma: float, linear: LinearGaussian | None, log_prob_and_grad: LogProbAndGrad  # noqa: ARG002
+    ) -> LogProbAndGrad:
+        """f_sigma and its gradient; see `Path.potential`."""
+        beta = 1.0 / (1.0 + (sigma / self.scale) ** 2)
+
+        def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+            value, grad = log_prob_and_grad(z)
+            return beta * value, beta * grad
+
+        return value_and_grad

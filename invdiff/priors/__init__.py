@@ -1,0 +1,21 @@
+"""Priors: what is plausible. Analytic ones with exact posteriors, and trained ones."""
+
+from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior
+from invdiff.priors.diffusion import NetworkPrior
+from invdiff.priors.field import FieldPrior
+from invdiff.priors.frequency_table import FrequencyTable
+from invdiff.priors.gaussian import GaussianPrior
+from invdiff.priors.loading import load_prior
+from invdiff.priors.mixture import MixturePrior
+
+__all__ = [
+    "Curvature",
+    "DiffusionPrior",
+    "FieldPrior",
+    "FrequencyTable",
+    "GaussianPrior",
+    "MaskedPrior",
+    "MixturePrior",
+    "NetworkPrior",
+    "load_prior",
+]

@@ -1,0 +1,103 @@
+"""What a prior is: two Protocols over one base, so that a user's network is a prior without inheriting."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Sigma = float | Tensor
+"""A noise level in latent units: a float, or a tensor (n,), one a particle."""
+
+
+@runtime_checkable
+class DiffusionPrior(Protocol):
+    """A continuous diffusion prior in variance-exploding notation: ``z_sigma = z_0 + sigma * eps`` (Karras et al. 2022).
+
+    This is the least that a user writes. Optional members, used where they exist: ``decoder`` (an Operator from latent to
+    physical units; the identity if missing), ``event``, ``encode(x)``, ``sample(n, seed=)``, ``at(shape)``, ``condition(given)``,
+    ``curvature(sigma)``, ``name``, ``key`` (a hash of what defines it) and ``dtype``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one latent event."""
+        ...
+
+    @property
+    def sigma_min(self) -> float:
+        """Smallest noise level at which the denoiser is accurate, latent units."""
+        ...
+
+    @property
+    def sigma_max(self) -> float:
+        """Noise level at which the noised prior is a Gaussian for all purposes, latent units."""
+        ...
+
+    def denoise(self, z: Tensor, sigma: Sigma) -> Tensor:
+        """E[z_0 | z_sigma = z] for z of shape (n, *shape), latent units."""
+        ...
+
+
+@runtime_checkable
+class MaskedPrior(Protocol):
+    """A masked discrete diffusion prior with time-independent conditionals (Ou et al. 2024, RADD)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one event: (length,)."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, the mask not among them."""
+        ...
+
+    @property
+    def mask_token(self) -> int:
+        """Index of the mask."""
+        ...
+
+    @property
+    def codebook(self) -> Tensor:
+        """Embedding of each token, shape (V, c); one-hot if none is trained."""
+        ...
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """Log p(z_0^i | unmasked tokens), shape (n, length, V); one-hot where a token is known."""
+        ...
+
+    def decode_embedding(self, embedding: Tensor) -> Tensor:
+        """Physical units from embeddings (n, length, c), so that guidance through soft embeddings has its way."""
+        ...
+
+
+class Curvature:
+    r"""Error covariance of a denoiser by sigma, diagonal in a fixed orthonormal basis.
+
+    The covariance ``C(sigma) = Cov[z_0 | z_sigma]`` is what Tweedie's second-order formula gives, ``C = sigma^2 dD/dz``; the curvature
+    of ``-log p_sigma`` follows as ``h = (1 - C / sigma^2) / sigma^2``. For a Gaussian prior it is exact; for a trained one it is the
+    table of its mean squared error by frequency.
+
+    Subclasses give `to_basis`, `from_basis` and `variance`.
+    """
+
+    def to_basis(self, z: Tensor) -> Tensor:
+        """Coefficients of z (n, *shape) in the orthonormal basis; may be complex."""
+        raise NotImplementedError
+
+    def from_basis(self, c: Tensor) -> Tensor:
+        """Inverse of `to_basis`."""
+        raise NotImplementedError
+
+    def variance(self, sigma: float) -> Tensor:
+        """Error variance of each coefficient, broadcasting against coefficients without their leading axis."""
+        raise NotImplementedError
+
+    def covariance(self, v: Tensor, sigma: float) -> Tensor:
+        """C(sigma) v."""
+        return self.from_basis(self.variance(sigma).to(v.device) * self.to_basis(v)).to(v.dtype)
+
+    def precision(self, sigma: float, floor: float = 0.0) -> Tensor:
+        """Curvature h of -log p_sigma by coefficient, clamped below at ``floor / sigma^2``."""
+        h = (1.0 - self.variance(sigma) / sigma**2) / sigma**2
+        return torch.clamp(h, min=floor / sigma**2)

@@ -1,0 +1,141 @@
+r"""Gaussian prior with a dense covariance.
+
+With ``C = V diag(l) V^T`` the noised prior is ``N(m, C + sigma^2 I)`` and its denoiser the Wiener filter
+
+    D(z, sigma) = m + V diag(l / (l + sigma^2)) V^T (z - m).
+"""
+
+from math import log, pi, prod
+from typing import TYPE_CHECKING, ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from invdiff.errors import ShapeError
+from invdiff.operators.base import Operator
+from invdiff.priors.analytic import AnalyticPrior, ExactCurvature, eigenbasis, gain
+from invdiff.priors.base import Sigma
+
+if TYPE_CHECKING:
+    from invdiff.priors.exact import GaussianPosterior
+
+
+@final
+class EigenCurvature(ExactCurvature):
+    """Error covariance in the eigenbasis of a dense covariance.
+
+    Parameters
+    ----------
+    values, vectors
+        Eigenvalues (d,) and orthonormal eigenvectors (d, d) in columns.
+    shape
+        Shape of one event.
+    """
+
+    def __init__(self, values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], shape: tuple[int, ...]) -> None:
+        super().__init__(values)
+        self.vectors, self.shape = vectors, tuple(shape)
+
+    def to_basis(self, z: Float[Tensor, " n *event"]) -> Float[Tensor, "n d"]:
+        """Coefficients along the eigenvectors."""
+        return z.flatten(1) @ self.vectors.to(z)
+
+    def from_basis(self, c: Float[Tensor, "n d"]) -> Float[Tensor, " n *event"]:
+        """Events from coefficients."""
+        return (c @ self.vectors.to(c).mT).reshape(len(c), *self.shape)
+
+
+@final
+class GaussianPrior(AnalyticPrior):
+    """N(mean, covariance) over the flattened event.
+
+    Parameters
+    ----------
+    mean
+        Mean, latent units, shape (*shape) or (d,).
+    covariance
+        Symmetric positive semi-definite covariance of the flattened event, latent units squared, shape (d, d).
+    shape
+        Shape of one event; the mean's if None.
+    sigma_min, sigma_max
+        Noise levels, latent units. By default 1e-3 of the smallest std of any direction (directions below 1e-2 of the
+        largest apart), and 50 times the largest (at least 10 |mean|).
+    decoder
+        Operator from latent to physical units; the identity if None.
+
+    Raises
+    ------
+    ShapeError
+        If mean, covariance and shape disagree.
+    InputError
+        If the covariance is not one.
+    """
+
+    name: ClassVar[str] = "gaussian"
+    _defining: ClassVar[tuple[str, ...]] = ("mean", "covariance")
+    mean: Tensor
+    covariance: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    def __init__(
+        self,
+        mean: Tensor,
+        covariance: Float[Tensor, "d d"],
+        shape: tuple[int, ...] | None = None,
+        *,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        decoder: Operator | None = None,
+    ) -> None:
+        shape = tuple(mean.shape) if shape is None else tuple(shape)
+        d = prod(shape)
+        if mean.numel() != d or tuple(covariance.shape) != (d, d):
+            raise ShapeError(
+                f"For events of shape {shape} the mean needs {d} values and the covariance shape ({d}, {d}); "
+                f"got {tuple(mean.shape)} and {tuple(covariance.shape)}."
+            )
+        super().__init__(shape, decoder)
+        self.register_buffer("mean", mean.detach().double().reshape(shape).clone())
+        self.register_buffer("covariance", covariance.detach().double().clone())
+        values, vectors = eigenbasis(self.covariance)
+        self.register_buffer("eigenvalues", values, persistent=False)
+        self.register_buffer("eigenvectors", vectors, persistent=False)
+        stds = float(values[0]) ** 0.5, float(values[-1]) ** 0.5
+        self._set_levels((sigma_min, sigma_max), stds, 0.0, float(self.mean.norm()))
+
+    @property
+    def curvature(self) -> EigenCurvature:
+        """Exact error covariance, diagonal in the eigenbasis."""
+        return EigenCurvature(self.eigenvalues, self.eigenvectors, self.shape)
+
+    def _coefficients(self, z: Tensor) -> Tensor:
+        self._check(z)
+        return (z - self.mean.to(z)).flatten(1) @ self.eigenvectors.to(z)
+
+    def denoise(self, z: Float[Tensor, " n *event"], sigma: Sigma) -> Float[Tensor, " n *event"]:
+        """E[z_0 | z_sigma = z], exact for every sigma >= 0; latent units."""
+        c = self._coefficients(z)
+        c = c * gain(self.eigenvalues.to(z), self._square(sigma, c))
+        return self.mean.to(z) + (c @ self.eigenvectors.to(z).mT).reshape(z.shape)
+
+    def log_prob(self, z: Float[Tensor, " n *event"], sigma: Sigma = 0.0) -> Float[Tensor, " n"]:
+        """Log-density of z_sigma, nats; sigma = 0 is the prior itself."""
+        self._check_density(sigma, self.eigenvalues[0])
+        c = self._coefficients(z)
+        variance = self.eigenvalues.to(z) + self._square(sigma, c)
+        return -0.5 * ((c**2 / variance + variance.log()).sum(1) + self.size * log(2.0 * pi))
+
+    def sample(self, n: int, *, seed: int = 0) -> Float[Tensor, " n *event"]:
+        """Independent exact draws, latent units, float64; draw i depends on the seed and i alone."""
+        noise = self._noise(n, seed)
+        c = noise.normal(noise.slots, (self.size,)) * self.eigenvalues.sqrt()
+        return self.mean + (c @ self.eigenvectors.mT).reshape(n, *self.shape)
+
+    @torch.no_grad()
+    def posterior(self, operator: Operator, y: Tensor, noise_std: float | Tensor) -> "GaussianPosterior":
+        """Exact posterior of a linear-Gaussian measurement; see `AnalyticPrior.posterior`."""
+        from invdiff.priors.exact import gaussian_posterior
+
+        return gaussian_posterior(self, self.mean, self.covariance, operator, y, noise_std)

@@ -1,0 +1,133 @@
+"""A problem: what was measured and how, about which unknown."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invdiff import likelihoods
+from invdiff.errors import InputError, ShapeError
+from invdiff.event import Event, plain_event
+from invdiff.likelihoods import Likelihood
+from invdiff.noise import Noise, stream_key
+from invdiff.operators.base import Operator, fingerprint
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""A measurement and its likelihood.
+
+    Parameters
+    ----------
+    likelihood
+        ``p(y | x)`` with the measurement in it; holds one measurement.
+    event
+        The unknown; a picture or numbered axes of the likelihood's in_shape if None.
+    given
+        Known variables by name (initial state, forcing), physical units.
+    reference
+        The truth, (\*shape), physical units, for scoring. No posterior can reach it.
+    name, card
+        Name and card for the provenance.
+
+    Raises
+    ------
+    ShapeError
+        If the likelihood holds several measurements, or the reference does not fit the event.
+    """
+
+    likelihood: Likelihood
+    event: Event = ()
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: Tensor | None = None
+    name: str = "problem"
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.likelihood.problems != 1:
+            raise ShapeError(
+                f"A problem holds one measurement, this likelihood {self.likelihood.problems}; pass solve a list of problems instead."
+            )
+        if not self.event:
+            object.__setattr__(self, "event", plain_event(self.likelihood.in_shape))
+        if len(self.event) == 1 and self.event[0].shape != tuple(self.likelihood.in_shape):
+            raise ShapeError(f"The event has shape {self.event[0].shape}, the likelihood takes {tuple(self.likelihood.in_shape)}.")
+        if self.reference is not None and tuple(self.reference.shape) != tuple(self.likelihood.in_shape):
+            raise ShapeError(
+                f"The reference has shape {tuple(self.reference.shape)}, the unknown {tuple(self.likelihood.in_shape)}."
+            )
+
+    @property
+    def key(self) -> str:
+        """Hash of the likelihood, measurement and given variables: equal problems get equal noise wherever they stand."""
+        digest = hashlib.sha256(fingerprint(self.likelihood).encode())
+        for name, value in sorted(self.given.items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @classmethod
+    def simulate(
+        cls, operator: Operator, truth: Tensor, *, noise_std: float, seed: int = 0, name: str = "simulated", **settings: Any
+    ) -> "Problem":
+        r"""Degrade a truth: ``y = A(x) + noise_std * eps``; the truth is kept as the reference.
+
+        Parameters
+        ----------
+        operator
+            Measurement operator A.
+        truth
+            x, (\*in_shape) or (1, \*in_shape), physical units (pictures in [0, 1]), finite.
+        noise_std
+            Positive, in the measurement's units.
+        seed
+            Seed of the measurement's noise.
+        name, settings
+            Passed on to Problem.
+        """
+        if tuple(truth.shape) == (1, *operator.in_shape):
+            truth = truth[0]
+        if tuple(truth.shape) != operator.in_shape:
+            raise ShapeError(f"The truth has shape {tuple(truth.shape)}, {type(operator).__name__} takes {operator.in_shape}.")
+        if not bool(torch.isfinite(truth).all()):
+            raise InputError("The truth holds values that are not finite.")
+        if not noise_std > 0:
+            raise InputError(f"noise_std must be positive, got {noise_std}. For noiseless data give a small value, e.g. 1e-3.")
+        with torch.no_grad():
+            clean = operator(truth[None])
+        noise = Noise([stream_key(seed, "measurement")], 1, device=clean.device, dtype=torch.float64)
+        if clean.is_complex():
+            eps = torch.view_as_complex(noise.normal(noise.slots, (*clean.shape[1:], 2)).contiguous()).to(clean.dtype)
+        else:
+            eps = noise.normal(noise.slots, clean.shape[1:]).to(clean.dtype)
+        likelihood = likelihoods.Gaussian(operator, clean + noise_std * eps, noise_std)
+        return cls(likelihood, reference=truth, name=name, **settings)
+
+
+def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = None, **overrides: Any) -> Problem:
+    """Build a benchmark problem from a card of ``problems/``, or from a path to one.
+
+    Parameters
+    ----------
+    card
+        Name or path.
+    index
+        Which of the data set's pictures; also seeds kernels, masks and noise where the card says so.
+    data
+        Folder of the data set's files, where they are not part of an installed package; environment variable INVDIFF_DATA if None.
+    overrides
+        Settings by dotted name with ``.`` written as ``__``, e.g. ``noise__std=0.1``.
+
+    Raises
+    ------
+    CatalogueError
+        If there is no such card.
+    InputError
+        If the card has a mistyped field, or the data are not there.
+    """
+    from invdiff.card_problems import problem_from_card
+
+    return problem_from_card(card, index, data=data, overrides={k.replace("__", "."): v for k, v in overrides.items()})

@@ -1,0 +1,50 @@
+"""What samplers that walk down the noise levels share."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from invdiff.driver import State
+from invdiff.errors import InputError
+from invdiff.integrators import karras_levels
+from invdiff.posterior import Posterior
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealedState(State):
+    """State at a noise level, and a multistep integrator's memory of the last one."""
+
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """Noise levels of a run: Karras et al. 2022, eq. 5, then 0.
+
+    Parameters
+    ----------
+    sigma_min, sigma_max
+        First and last level, latent units; the prior's own if None.
+    rho
+        Exponent; larger puts more of the steps at low noise.
+    """
+
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+
+    def of(self, posterior: Posterior, steps: int) -> tuple[float, ...]:
+        """``steps + 1`` levels, the last of which is 0."""
+        low = posterior.sigma_min if self.sigma_min is None else self.sigma_min
+        high = posterior.sigma_max if self.sigma_max is None else self.sigma_max
+        if not posterior.sigma_min <= low < high <= posterior.sigma_max:
+            raise InputError(
+                f"Noise levels from {high:g} to {low:g} do not lie within the prior's, {posterior.sigma_max:g} to {posterior.sigma_min:g}."
+            )
+        return karras_levels(steps, low, high, self.rho)
+
+
+def check_steps(steps: int) -> None:
+    """Raise InputError unless a sampler's steps are positive."""
+    if steps < 1:
+        raise InputError(f"A sampler needs at least one step, got {steps}.")

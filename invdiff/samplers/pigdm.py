@@ -1,0 +1,234 @@
+r"""Pseudo-inverse guidance with moment matching, PiGDM (Song et al. 2023; Boys et al. 2023, arXiv 2310.06721; Rozet et al. 2024, arXiv 2405.13712).
+
+For y = A z + n with n ~ N(0, R), the law of z_0 given z_sigma is approximated by a Gaussian N(D, C) with the denoiser's mean and a
+covariance C(z, sigma). The denoiser given the measurement is then the Gaussian's conditional mean
+
+    D_y(z, sigma) = D + C A^T (R + A C A^T)^{-1} (y - A D)
+
+and any reverse-time integrator that walks down with D_y in place of D draws from the posterior. C is what tells the variants apart:
+`Jacobian` (C = sigma^2 dD/dz, Tweedie's second moment: moment matching; vector-Jacobian products inside conjugate gradients), `Spectral` (C from
+the prior's stored error table: the same for a Gaussian field, and free of network gradients elsewhere) and `Isotropic` (C A^T replaced by
+sigma^2 (dD/dz)^T A^T and A C A^T by r^2 A A^T with r^2 = sigma^2 s^2 / (sigma^2 + s^2): the published PiGDM).
+
+Exact for Gaussian priors with `Jacobian` or `Spectral`, in the limit of many steps, sigma_min -> 0 and converged conjugate gradients;
+for other priors the law of z_0 given z_sigma is not Gaussian and the draws are biased by that alone.
+
+Cost: one forward pass a step with `Spectral` (two with Heun), and one backward pass more with `Isotropic`, or one backward pass for each
+iteration of the conjugate gradients plus one with `Jacobian`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from invdiff.draws import Draws
+from invdiff.driver import Cost, Info, Sampler
+from invdiff.errors import CapabilityError, InputError
+from invdiff.integrators import DPMSolver2M, Integrator
+from invdiff.noise import Noise
+from invdiff.posterior import Block, Posterior
+from invdiff.potential import LinearGaussian
+from invdiff.samplers.annealing import AnnealedState, Levels, check_steps
+
+
+class Covariance(ABC):
+    """How the covariance of z_0 given z_sigma is modelled; subclasses are final frozen dataclasses."""
+
+    requires: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def backward(self) -> int:
+        """Backward passes through the network an evaluation, at most."""
+
+    @abstractmethod
+    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """D_y(z, sigma) and D(z, sigma)."""
+
+
+def _linear(block: Block) -> LinearGaussian:
+    if block.linear is None:
+        raise CapabilityError("PiGDM needs a linear-Gaussian problem.")
+    return block.linear
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Jacobian(Covariance):
+    """C = sigma^2 dD/dz: moment matching.
+
+    Parameters
+    ----------
+    max_iterations, rtol
+        Of the conjugate gradients; each iteration is one backward pass through the network.
+    """
+
+    max_iterations: int = 10
+    rtol: float = 1e-4
+    requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "denoiser_vjp", "linear"})
+
+    def backward(self) -> int:
+        """One an iteration, and one more."""
+        return self.max_iterations + 1
+
+    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """D_y and D; see `Covariance.guided`."""
+
+        def cotangent(block: Block) -> Tensor:
+            linear = _linear(block)
+            r = linear.residual(block.denoised)
+            # (dD/dz)^T stands for dD/dz: the Jacobian of an exact denoiser is symmetric.
+            w = linear.solve(r, lambda v: sigma**2 * block.vjp(v), rtol=self.rtol, max_iterations=self.max_iterations)
+            return linear.operator.adjoint(w)
+
+        denoised, product = posterior.denoise_vjp(z, sigma, cotangent)
+        return denoised + sigma**2 * product, denoised
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Spectral(Covariance):
+    """C from the prior's curvature: its error variance by frequency and sigma.
+
+    Parameters
+    ----------
+    max_iterations, rtol
+        Of the conjugate gradients, which cost operator applications only.
+    """
+
+    max_iterations: int = 100
+    rtol: float = 1e-4
+    requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "linear", "curvature"})
+
+    def backward(self) -> int:
+        """None."""
+        return 0
+
+    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """D_y and D; see `Covariance.guided`."""
+        curvature = posterior.curvature
+        if curvature is None:
+            raise CapabilityError("The covariance Spectral needs a prior with a curvature.")
+        denoised = posterior.denoise(z, sigma)
+
+        def gain(linear: LinearGaussian, d: Tensor) -> Tensor:
+            def covariance(v: Tensor) -> Tensor:
+                return curvature.covariance(v, sigma)
+
+            w = linear.solve(linear.residual(d), covariance, rtol=self.rtol, max_iterations=self.max_iterations)
+            return covariance(linear.operator.adjoint(w))
+
+        return denoised + posterior.linear_rows(denoised, gain), denoised
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Isotropic(Covariance):
+    """The published PiGDM: r^2 A A^T for A C A^T, with r^2 = sigma^2 s^2 / (sigma^2 + s^2).
+
+    Parameters
+    ----------
+    prior_std
+        s, the standard deviation of the prior's values, latent units; the paper's 1.
+    """
+
+    prior_std: float = 1.0
+    requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "denoiser_vjp", "linear"})
+
+    def backward(self) -> int:
+        """One."""
+        return 1
+
+    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """D_y and D; see `Covariance.guided`."""
+        r2 = sigma**2 * self.prior_std**2 / (sigma**2 + self.prior_std**2)
+
+        def cotangent(block: Block) -> Tensor:
+            linear = _linear(block)
+            return linear.operator.adjoint(linear.solve(linear.residual(block.denoised), r2))
+
+        denoised, product = posterior.denoise_vjp(z, sigma, cotangent)
+        return denoised + sigma**2 * product, denoised
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PiGDM(Sampler):
+    """Reverse diffusion with the denoiser given the measurement.
+
+    Parameters
+    ----------
+    steps
+        Noise levels.
+    covariance
+        Model of the covariance of z_0 given z_sigma: Jacobian(), Spectral() or Isotropic().
+    integrator
+        Reverse-time stepper.
+    levels
+        Noise levels.
+    """
+
+    steps: int = 50
+    covariance: Covariance = field(default_factory=Jacobian)
+    integrator: Integrator = field(default_factory=DPMSolver2M)
+    levels: Levels = field(default_factory=Levels)
+
+    exact: ClassVar[bool] = True
+    citation: ClassVar[str] = (
+        "@inproceedings{song2023pigdm, title={Pseudoinverse-Guided Diffusion Models for Inverse Problems}, "
+        "author={Song, Jiaming and Vahdat, Arash and Mardani, Morteza and Kautz, Jan}, booktitle={ICLR}, year={2023}}\n"
+        "@article{boys2023tmpd, title={Tweedie Moment Projected Diffusions for Inverse Problems}, "
+        "author={Boys, Benjamin and Girolami, Mark and Pidstrigach, Jakiw and Reich, Sebastian and Mosca, Alan and Akyildiz, O. Deniz}, "
+        "journal={arXiv:2310.06721}, year={2023}}"
+    )
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    def requires(self) -> frozenset[str]:
+        """A linear-Gaussian problem, and what the covariance needs of the prior."""
+        return self.covariance.requires
+
+    def cost(self) -> Cost:
+        """As the integrator and the covariance have it."""
+        forward = self.integrator.evaluations * self.steps - (self.integrator.evaluations - 1)
+        return Cost(forward, forward * self.covariance.backward())
+
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnnealedState:
+        """Gaussian noise at the first level."""
+        self.levels.of(posterior, self.steps)
+        return AnnealedState(z=posterior.start(ensembles, n, noise))
+
+    def step(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> tuple[AnnealedState, Info]:
+        """One step with the guided denoiser."""
+        levels, k = self.levels.of(posterior, self.steps), state.step
+        misfits: list[float] = []
+
+        def guided(z: Tensor, sigma: float) -> Tensor:
+            conditional, _ = self.covariance.guided(posterior, z, sigma)
+            misfits.append(posterior.misfit(conditional))
+            return conditional
+
+        z, memory = self.integrator.step(
+            guided,
+            state.z,
+            levels[k],
+            levels[k + 1],
+            memory=state.memory,
+            sigma_previous=levels[k - 1] if k else None,
+            normal=noise.like,
+        )
+        return AnnealedState(z=z, step=k + 1, memory=memory), Info(sigma=levels[k + 1], misfit=misfits[0])
+
+    def done(self, state: AnnealedState) -> bool:
+        """All levels walked."""
+        return state.step >= self.steps
+
+    def progress(self, state: AnnealedState) -> float:
+        """Share of the levels walked."""
+        return state.step / self.steps
+
+    def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+        """The particles at sigma = 0."""
+        return Draws(z=state.z)
