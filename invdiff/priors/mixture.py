@@ -130,7 +130,7 @@ class MixturePrior(AnalyticPrior):
     def sample(self, n: int, *, seed: int = 0) -> Float[Tensor, " n *event"]:
         """Independent exact draws, latent units, float64; draw i depends on the seed and i alone."""
         noise = self._noise(n, seed)
-        cumulative = self.weights.cumsum(0) ** 1.3
+        cumulative = self.weights.cumsum(0)
         k = torch.searchsorted(
             cumulative / cumulative[-1], noise.uniform(noise.slots).contiguous(), right=True
         ).clamp_max(len(self.weights) - 1)

@@ -1,0 +1,288 @@
+r"""How right a sampler is: its draws against exact posteriors, as its steps grow.
+
+Against a Gaussian posterior N(m, S) in d dimensions, N draws are summed up by four figures, each of which is 1 (or 0.9) for exact draws:
+
+    mean error   |m^ - m| sqrt(N / tr S), in units of the floor that N exact draws leave
+    variance     mean over values of the sample variance over the exact one
+    whitened     mean over draws of |L^{-1} (z - m)|^2 / d, with S = L L^T: sees what the marginal variances do not
+    mass         mean over values of the exact mass inside the draws' central 90 % interval (Weibull positions: expected 0.9)
+
+and by |S^ - S|_F in units of its floor sqrt((tr S)^2 + tr S^2) / sqrt(N). The bounds that exact draws keep follow from N and S: four
+standard deviations of each figure, and an allowance of 2 % for the discretisation that is left at the largest number of steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from invdiff import metrics
+from invdiff.driver import Sampler
+from invdiff.errors import CapabilityError
+from invdiff.operators import Blur, Downsampling, Inpainting, gaussian_kernel, random_mask
+from invdiff.operators.base import LinearOperator
+from invdiff.priors.exact import GaussianPosterior
+from invdiff.priors.field import FieldPrior
+from invdiff.priors.gaussian import GaussianPrior
+from invdiff.problem import Problem
+from invdiff.solution import Solution
+from invdiff.solve import solve
+
+ALLOWANCE = 0.02
+"""Relative error that the discretisation may leave at the largest number of steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactProblem:
+    """A problem whose posterior is known.
+
+    Parameters
+    ----------
+    name
+        Name in reports.
+    prior, problem, exact
+        Analytic prior, measurement, and the posterior.
+    """
+
+    name: str
+    prior: FieldPrior | GaussianPrior
+    problem: Problem
+    exact: GaussianPosterior
+
+
+def exact_problem(
+    name: str, prior: FieldPrior | GaussianPrior, operator: LinearOperator, noise_std: float, seed: int = 0
+) -> ExactProblem:
+    """Draw a truth from the prior, measure it, and work out the posterior."""
+    problem = Problem.simulate(operator, prior.sample(1, seed=seed + 1).double(), noise_std=noise_std, seed=seed, name=name)
+    exact = prior.posterior(operator, problem.likelihood.measurement[0], noise_std)  # type: ignore[union-attr,index]
+    return ExactProblem(name=name, prior=prior, problem=problem, exact=exact)
+
+
+def field_problems(side: int = 12) -> list[ExactProblem]:
+    """Inpainting, blur and down-sampling of a Gaussian field about grey, with values like a picture's; noise 0.05."""
+    shape = (1, side, side)
+    prior = FieldPrior.power_law(shape, exponent=3.0, std=0.2, mean=0.5)
+    return [
+        exact_problem("field-inpainting", prior, Inpainting(random_mask(shape, 0.5, seed=1), shape), 0.05),
+        exact_problem("field-blur", prior, Blur(gaussian_kernel(5, 1.0), shape, boundary="reflect"), 0.05),
+        exact_problem("field-downsampling", prior, Downsampling(shape, 2), 0.05),
+    ]
+
+
+def plane_problem() -> ExactProblem:
+    """Two correlated values, their sum measured weakly: for samplers whose cost grows with the dimension."""
+    covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
+    prior = GaussianPrior(torch.tensor([0.3, -0.2], dtype=torch.float64), covariance)
+    return exact_problem("plane", prior, _Sum(), 0.7)
+
+
+class _Sum(LinearOperator):
+    """The sum of two values."""
+
+    def __init__(self) -> None:
+        super().__init__((2,), (1,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum."""
+        return x.sum(1, keepdim=True)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Repeat."""
+        return y.expand(-1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exactness:
+    """Figures of one run against the exact posterior; see the module's text.
+
+    Parameters
+    ----------
+    draws
+        Number of draws, the effective number where they have weights.
+    mean_error, covariance_error
+        In units of the floor.
+    variance_ratio, whitened, mass
+        1, 1 and 0.9 for exact draws.
+    log_evidence_error
+        Estimate less the exact log-evidence, nats, and its standard error, or None.
+    bounds
+        The figures' admitted range for exact draws, by name.
+    """
+
+    draws: float
+    mean_error: float
+    covariance_error: float
+    variance_ratio: float
+    whitened: float
+    mass: float
+    log_evidence_error: float | None
+    bounds: dict[str, tuple[float, float]]
+
+    @property
+    def failures(self) -> list[str]:
+        """Figures outside their bounds, in words."""
+        values = {name: getattr(self, name) for name in self.bounds}
+        return [
+            f"{name} {value:.3f} not in [{low:.3f}, {high:.3f}]"
+            for name, value in values.items()
+            for low, high in [self.bounds[name]]
+            if value is not None and not low <= value <= high
+        ]
+
+
+def measure(z: Tensor, exact: GaussianPosterior, log_weights: Tensor | None = None) -> Exactness:
+    """Compare draws (n, *event) with a Gaussian posterior; weighted draws by their weighted moments."""
+    x, m, S = z.flatten(1).double(), exact.mean.flatten(), exact.covariance
+    n, d = x.shape
+    w = torch.full((n,), 1.0 / n, dtype=x.dtype) if log_weights is None else torch.softmax(log_weights.double(), 0)
+    size = float(1.0 / (w**2).sum())
+    mean = w @ x
+    centred = x - mean
+    cov = (centred * w[:, None]).T @ centred / (1.0 - 1.0 / size)
+    trace, trace2 = float(S.trace()), float((S**2).sum())
+    std = S.diagonal().sqrt()
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(S), (x - m).T, upper=False).square().sum(0) / d
+    equal = x if log_weights is None else x[torch.multinomial(w, n, replacement=True, generator=torch.Generator().manual_seed(0))]
+    low, high = (metrics.interval(equal, 0.9) if n >= 19 else (x.amin(0), x.amax(0)))
+    mass = (torch.special.ndtr((high - m) / std) - torch.special.ndtr((low - m) / std)).mean()
+    correlation2 = float(((S / std[:, None] / std) ** 2).mean())
+    a = ALLOWANCE
+
+    def around(center: float, spread: float) -> tuple[float, float]:
+        return center - 4.0 * spread - a, center + 4.0 * spread + a
+
+    # A systematic error of `a` standard deviations adds a^2 N to the squared mean error in units of the floor.
+    mean_high = sqrt(1.0 + 4.0 * sqrt(2.0 * trace2) / trace + a**2 * size)
+    cov_high = 1.0 + 4.0 * sqrt(2.0 * trace2) / trace + a * sqrt(size)
+    return Exactness(
+        draws=size,
+        mean_error=float((mean - m).norm()) * sqrt(size / trace),
+        covariance_error=float((cov - S).norm()) * sqrt(size / (trace**2 + trace2)),
+        variance_ratio=float((cov.diagonal() / S.diagonal()).mean()),
+        whitened=float(w @ whitened),
+        mass=float(mass),
+        log_evidence_error=None,
+        bounds={
+            "mean_error": (0.0, mean_high),
+            "covariance_error": (0.0, cov_high),
+            "variance_ratio": around(1.0, sqrt(2.0 * correlation2 / size)),
+            "whitened": around(1.0, sqrt(2.0 / (size * d))),
+            "mass": around(0.9, sqrt(0.09 * sqrt(correlation2) / size)),
+        },
+    )
+
+
+def measure_solution(solution: Solution, case: ExactProblem) -> Exactness:
+    """Compare a solution with the exact posterior, its evidence too."""
+    if solution.particles is not None and solution.log_weights is not None:
+        name = case.problem.event[0].name
+        found = measure(solution.particles[name].flatten(0, 1), case.exact, solution.log_weights.flatten())
+    else:
+        draws = solution.draws
+        if not isinstance(draws, Tensor):
+            raise CapabilityError("Exactness is measured on problems with one variable.")
+        found = measure(draws, case.exact)
+    if solution.log_evidence is None:
+        return found
+    error = solution.log_evidence - case.exact.log_evidence
+    bound = 4.0 * (solution.log_evidence_se or 0.0) + ALLOWANCE
+    return replace(found, log_evidence_error=error, bounds={**found.bounds, "log_evidence_error": (-bound, bound)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerReport:
+    """What `check_sampler` measured.
+
+    Parameters
+    ----------
+    sampler
+        The settings checked.
+    exact
+        Whether the sampler declares itself exact.
+    steps
+        Numbers of steps tried.
+    rows
+        Figures by problem, one for each number of steps.
+    """
+
+    sampler: Sampler
+    exact: bool
+    steps: tuple[int, ...]
+    rows: dict[str, list[Exactness]]
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the sampler is not exact, in words; empty if it is."""
+        found = []
+        for name, row in self.rows.items():
+            found += [f"{name} at {self.steps[-1]} steps: {text}" for text in row[-1].failures]
+            first, last = (abs(r.whitened - 1.0) + abs(r.variance_ratio - 1.0) + r.mean_error for r in (row[0], row[-1]))
+            if row[0].failures and last >= first:
+                found.append(f"{name}: the error does not fall from {self.steps[0]} to {self.steps[-1]} steps ({first:.3f} to {last:.3f})")
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.sampler!r}"]
+        for name, row in self.rows.items():
+            for steps, r in zip(self.steps, row, strict=True):
+                evidence = "" if r.log_evidence_error is None else f", log evidence {r.log_evidence_error:+.3f}"
+                lines.append(
+                    f"  {name}, {steps} steps: mean {r.mean_error:.2f} floors, covariance {r.covariance_error:.2f} floors, "
+                    f"variance {r.variance_ratio:.3f}, whitened {r.whitened:.3f}, mass {r.mass:.3f}{evidence}"
+                )
+        return "\n".join(lines)
+
+
+def check_sampler(
+    sampler: Sampler,
+    *,
+    problems: Sequence[ExactProblem] | None = None,
+    steps: Sequence[int] = (10, 30, 90),
+    draws: int = 400,
+    chains: int = 1,
+    seed: int = 0,
+    variant: Callable[[Sampler, int], Sampler] | None = None,
+) -> SamplerReport:
+    """Run a sampler on problems with known posteriors at growing numbers of steps, float64.
+
+    Parameters
+    ----------
+    sampler
+        Settings; a sampler with the field ``steps``, unless `variant` is given.
+    problems
+        Problems; inpainting, blur and down-sampling of a Gaussian field if None.
+    steps
+        Growing numbers of steps.
+    draws, chains, seed
+        Of each run.
+    variant
+        (sampler, steps) -> sampler with that many steps; replaces the field ``steps`` if None.
+
+    Returns
+    -------
+        The figures.
+
+    Raises
+    ------
+    AssertionError
+        If the sampler declares itself exact and, at the largest number of steps, a figure lies outside what exact draws give, or the
+        error does not fall as steps grow.
+    """
+    cases = list(problems) if problems is not None else field_problems()
+    with_steps = variant or (lambda s, k: replace(s, steps=k))  # type: ignore[type-var]
+    rows: dict[str, list[Exactness]] = {case.name: [] for case in cases}
+    for case in cases:
+        for k in steps:
+            solution = solve(
+                case.problem, case.prior, with_steps(sampler, k), draws=draws, chains=chains, seed=seed, dtype=torch.float64
+            )
+            rows[case.name].append(measure_solution(solution, case))
+    report = SamplerReport(sampler=sampler, exact=sampler.exact, steps=tuple(steps), rows=rows)
+    if report.exact and report.failures:
+        raise AssertionError(
+            f"{type(sampler).__name__} declares itself exact, but:\n" + "\n".join(report.failures) + f"\n{report}"
+        )
+    return report
