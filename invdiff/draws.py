@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from invdiff.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
@@ -46,10 +48,21 @@ def systematic_resample(
     Returns
     -------
         Sorted ancestor indices within each ensemble.
+
+    Raises
+    ------
+    InputError
+        If an ensemble has no finite largest log-weight.
     """
+    if not bool(torch.isfinite(log_weights.max(dim=-1).values).all()):
+        raise InputError(
+            "The log-weights of an ensemble are NaN, infinite or all minus infinity: no particle explains y."
+        )
     e, n = log_weights.shape
     draws = n if draws is None else draws
     cumulative = torch.softmax(log_weights.double(), dim=-1).cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]
     points = (torch.arange(draws, device=log_weights.device, dtype=torch.float64) + uniform[:, None]) / draws
-    return torch.searchsorted(cumulative, points.reshape(e, draws)).clamp_(max=n - 1)
+    points = points.reshape(e, draws).clamp(max=1.0 - 2.0**-53)  # (draws - 1 + uniform) / draws may round to 1
+    # The first particle whose cumulative weight exceeds the point: one of no weight is never taken.
+    return torch.searchsorted(cumulative, points, right=True).clamp_(max=n - 1)

@@ -62,17 +62,19 @@ class Sampler(ABC):
 
     Attributes
     ----------
-    exact
-        Whether its law tends to the posterior in the limit that its file names; `invdiff.testing.check_sampler` holds it to that.
     anytime
         Whether a run stopped early has draws (Markov chains), or none (annealed samplers).
     citation
         BibTeX entry of its paper.
     """
 
-    exact: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
     citation: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether its law tends to the posterior in the limit that its file names; `check_sampler` holds it to that."""
 
     @abstractmethod
     def requires(self) -> frozenset[str]:
@@ -156,15 +158,16 @@ def run(
     ensembles, n
         Ensembles and particles in each.
     noise
-        Streams of ``ensembles`` ensembles of ``n`` particles. Step k draws from the streams of step k + 1, `init` from those of
-        step 0 and `finish` from those after the last step, so that a resumed run repeats the one that was not cut.
+        Streams of ``ensembles`` ensembles of ``n`` particles. Step k draws from the streams of step k + 1, `init` from
+        those of step 0 and `finish` from those after the last step, so that a resumed run repeats the one that was not
+        cut.
     evaluations
         () -> network evaluations a particle so far in this process.
     budget, callback, progress
         Bounds; a function called after every step; whether to show a progress bar (a string is its label).
     checkpoint, checkpoint_every
-        File to keep the last complete step in, and how often, seconds. It is read first where it exists, and removed when the
-        run completes.
+        File to keep the last complete step in, and how often, seconds. It is read first where it exists, and removed
+        when the run completes.
     identity
         What the run is a run of; a checkpoint of another identity is refused.
 
@@ -176,6 +179,8 @@ def run(
         If the checkpoint belongs to another run.
     """
     budget = budget or Budget()
+    if checkpoint is not None and not checkpoint.parent.is_dir():
+        raise InputError(f"Cannot keep a checkpoint in {checkpoint}: there is no folder {checkpoint.parent}.")
     start = time.perf_counter()
     trace: list[Info] = []
     stopped = None
@@ -201,8 +206,8 @@ def run(
                 new, info = sampler.step(posterior, state, noise=noise.at(state.step + 1))
             if not bool(torch.isfinite(new.z).all()):
                 raise SamplingError(
-                    f"{type(sampler).__name__} left the finite numbers at step {state.step + 1}, sigma {info.sigma:.4g}. "
-                    "Take more steps or smaller ones, or check the scale of noise_std."
+                    f"{type(sampler).__name__} left the finite numbers at step {state.step + 1}, "
+                    f"sigma {info.sigma:.4g}. Take more steps or smaller ones, or check the scale of noise_std."
                 )
             state = new
             info = replace(info, evaluations=before + evaluations())
@@ -224,8 +229,8 @@ def run(
             save_checkpoint(checkpoint, state, identity, before + evaluations())
         kept = f" Its last step is kept in {checkpoint}." if checkpoint is not None else ""
         raise SamplingError(
-            f"{type(sampler).__name__} was stopped at {100 * sampler.progress(state):.0f} % ({stopped}); an annealed run has no draws "
-            f"before its end.{kept} Raise the budget or take fewer steps."
+            f"{type(sampler).__name__} was stopped at {100 * sampler.progress(state):.0f} % ({stopped}); "
+            f"an annealed run has no draws before its end.{kept} Raise the budget or take fewer steps."
         )
     with torch.no_grad():
         draws = sampler.finish(posterior, state, noise=noise.at(state.step + 1))
@@ -239,11 +244,15 @@ def save_checkpoint(path: Path, state: State, identity: str, evaluations: float)
     from safetensors.torch import save_file
 
     values = {f.name: getattr(state, f.name) for f in fields(state)}
-    tensors = {k: v.contiguous().cpu() for k, v in values.items() if isinstance(v, Tensor)}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in values.items() if isinstance(v, Tensor)}
     rest = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
     partial = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, partial, metadata={"identity": identity, "rest": json.dumps(rest), "evaluations": repr(evaluations)})
+        save_file(
+            tensors,
+            partial,
+            metadata={"identity": identity, "rest": json.dumps(rest), "evaluations": repr(evaluations)},
+        )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -255,13 +264,16 @@ def load_checkpoint(path: Path, template: State, identity: str) -> tuple[State, 
 
     try:
         with safe_open(path, "pt") as file:
-            meta = file.metadata()
+            meta = file.metadata() or {}
             tensors = {k: file.get_tensor(k).to(template.z.device) for k in file.keys()}  # noqa: SIM118 not a dict
     except SafetensorError as error:
-        raise InputError(f"{path} is not a checkpoint of invdiff, or is damaged ({error}); remove it to start afresh.") from error
+        raise InputError(
+            f"{path} is not a checkpoint of invdiff, or is damaged ({error}); remove it to start afresh."
+        ) from error
     if meta.get("identity") != identity:
         raise InputError(
-            f"{path} belongs to another run (other problem, prior, sampler, draws or seed); remove it or name another file."
+            f"{path} belongs to another run (other problem, prior, sampler, draws or seed); "
+            "remove it or name another file."
         )
     return replace(template, **tensors, **json.loads(meta["rest"])), float(meta["evaluations"])
 

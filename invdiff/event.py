@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from invdiff.errors import ShapeError
+from invdiff.errors import InputError, ShapeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Variable:
     ------
     ShapeError
         If ``dims`` and ``shape`` or a coordinate and its dimension disagree in length.
+    InputError
+        If an axis is named twice, like the variable, or like an axis of the draws.
     """
 
     name: str
@@ -38,7 +40,15 @@ class Variable:
 
     def __post_init__(self) -> None:
         if len(self.dims) != len(self.shape):
-            raise ShapeError(f"Variable {self.name!r} has dims {self.dims} but shape {self.shape}; give one name an axis.")
+            raise ShapeError(
+                f"Variable {self.name!r} has dims {self.dims} but shape {self.shape}; give one name an axis."
+            )
+        taken = {self.name, "chain", "draw", "particle"} & set(self.dims)
+        if taken or len(set(self.dims)) != len(self.dims):
+            raise InputError(
+                f"Variable {self.name!r} has dims {self.dims}; they must differ from each other, from its name, "
+                "and from chain, draw and particle."
+            )
         for dim, values in self.coords.items():
             if dim not in self.dims:
                 raise ShapeError(f"Variable {self.name!r} has coordinates for {dim!r}, which is not among {self.dims}.")
@@ -75,6 +85,7 @@ def check_agreement(problem: Event, prior: Event) -> None:
     if ours != theirs:
         raise ShapeError(
             "The problem and the prior speak of different unknowns: the problem has "
-            f"{[(v.name, v.shape, v.units) for v in problem]}, the prior {[(v.name, v.shape, v.units) for v in prior]}. "
+            f"{[(v.name, v.shape, v.units) for v in problem]}, "
+            f"the prior {[(v.name, v.shape, v.units) for v in prior]}. "
             "Use prior.at(shape) for the prior on the problem's grid, or build the operator for the prior's shape."
         )

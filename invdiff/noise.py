@@ -1,9 +1,10 @@
 r"""Counter-based noise streams: the same numbers for any micro-batch and any number of devices.
 
 Every number is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of a counter
-(block, slot, step, call) under a 64-bit key made of (seed, problem, chain). Nothing is stored between calls but the step and
-a count of calls, so a run can be cut anywhere, and no draw depends on who else is drawn beside it. The integer stream is
-the same on every device; the normals made from it (Box-Muller in float64) are bitwise equal on one kind of device.
+(block, slot, step, call) under a 64-bit key made of (seed, problem, chain). Nothing is stored between calls but the
+step and a count of calls, so a run can be cut anywhere, and no draw depends on who else is drawn beside it. The integer
+stream is the same on every device; the normals made from it (Box-Muller in float64) are bitwise equal on one kind of
+device.
 """
 
 import hashlib
@@ -42,6 +43,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1, c2, c3
+
+
+def _unit(high: Tensor, low: Tensor) -> Tensor:
+    """Uniform in [0, 1) with 53 bits from two words; in float64 throughout, where every value is exact."""
+    return ((high >> 5).double() * 2.0**26 + (low >> 6).double()) / 2.0**53
 
 
 class Noise:
@@ -92,7 +98,7 @@ class Noise:
         )
         words = philox(counter, (keys[:, :1], keys[:, 1:]))
         self.call += 1
-        return torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(len(slot), -1)
+        return torch.stack([w.expand(len(slot), blocks) for w in words], dim=-1).reshape(len(slot), -1)
 
     def normal(self, slots: Tensor, shape: Sequence[int]) -> Tensor:
         """Independent standard normals for the given flat slots, shape (len(slots), *shape)."""
@@ -105,7 +111,7 @@ class Noise:
         return z.reshape(len(slots), -1)[:, :size].reshape(len(slots), *shape).to(self.dtype)
 
     def like(self, z: Tensor) -> Tensor:
-        """Standard normals for all particles of a state of shape (e, n, *event)."""
+        """Draw standard normals for all particles of a state of shape (e, n, *event)."""
         e, n = z.shape[:2]
         if (e, n) != (len(self.keys), self.n):
             raise InputError(f"The state holds {(e, n)} particles, the noise {(len(self.keys), self.n)}.")
@@ -115,11 +121,11 @@ class Noise:
         """Independent uniforms in [0, 1) with 53 bits, float64, shape (len(slots), *shape)."""
         size = max(1, prod(shape))
         w = self._words(slots // self.n, slots % self.n, -(-size // 2))
-        u = ((w[:, 0::2] >> 5) * 2.0**26 + (w[:, 1::2] >> 6)) / 2.0**53
+        u = _unit(w[:, 0::2], w[:, 1::2])
         return u[:, :size].reshape(len(slots), *shape)
 
     def shared(self) -> Tensor:
-        """One uniform an ensemble in [0, 1), float64, shape (e,): the same for all its particles, as resampling needs."""
+        """One uniform an ensemble in [0, 1), float64, shape (e,); shared by its particles, as resampling needs."""
         ensembles = torch.arange(len(self.keys), device=self.device)
         w = self._words(ensembles, torch.full_like(ensembles, _SHARED_SLOT), 1)
-        return ((w[:, 0] >> 5) * 2.0**26 + (w[:, 1] >> 6)) / 2.0**53
+        return _unit(w[:, 0], w[:, 1])

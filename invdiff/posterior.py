@@ -1,7 +1,8 @@
 """The posterior: a problem and a prior together, and all that a sampler sees.
 
-Every method takes states with any leading axes, (n, *shape) or (ensemble, particle, *shape), problem-major: with p problems, the
-first 1/p of the particles belong to the first problem. The posterior alone splits work into micro-batches and counts evaluations.
+Every method takes states with any leading axes, (n, *shape) or (ensemble, particle, *shape), problem-major: with p
+problems, the first 1/p of the particles belong to the first problem. The posterior alone splits work into micro-batches
+and counts evaluations.
 """
 
 import time
@@ -124,7 +125,9 @@ class Posterior:
         self.shape = tuple(prior.shape)
         decoder = getattr(prior, "decoder", None)
         self._decoder: Operator | None = decoder.to(self.device) if isinstance(decoder, Operator) else None
-        self.event: Event = getattr(prior, "event", None) or plain_event(self._decoder.out_shape if self._decoder else self.shape)
+        self.event: Event = getattr(prior, "event", None) or plain_event(
+            self._decoder.out_shape if self._decoder else self.shape
+        )
         for p in problems:
             check_agreement(p.event, self.event)
         likelihood = problems[0].likelihood if len(problems) == 1 else _stack([p.likelihood for p in problems])
@@ -203,8 +206,8 @@ class Posterior:
         missing = sampler.requires() - self.capabilities
         if missing:
             raise CapabilityError(
-                f"{type(sampler).__name__} needs {', '.join(sorted(missing))}, which this problem and prior do not have "
-                f"(they have: {', '.join(sorted(self.capabilities))})."
+                f"{type(sampler).__name__} needs {', '.join(sorted(missing))}, which this problem and prior "
+                f"do not have (they have: {', '.join(sorted(self.capabilities))})."
             )
 
     # The prior.
@@ -253,16 +256,20 @@ class Posterior:
         return out.reshape(*tokens.shape, out.shape[-1])
 
     def noised_mean(self) -> Tensor:
-        """Mean of the prior as its denoiser sees it at sigma_max, (*shape): what the first noisy state is centred on."""
+        """Mean of the prior as its denoiser sees it at sigma_max, (*shape): the centre of the first noisy state."""
         if self._mean is None:
             zero = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
-            self._mean = self._network(zero, self.sigma_max)[0]
+            with torch.no_grad():
+                self._mean = self._network(zero, self.sigma_max)[0]
+            self.evaluations.denoiser -= 1  # no particle's evaluation: a run costs what Sampler.cost says
         return self._mean
 
     def start(self, ensembles: int, n: int, noise: Noise) -> Tensor:
         """First noisy state, N(mean, sigma_max^2), of shape (ensembles, n, *shape)."""
         shape = (ensembles, n, *self.shape)
-        return self.noised_mean() + self.sigma_max * noise.like(torch.empty(shape, dtype=self.dtype, device=self.device))
+        return self.noised_mean() + self.sigma_max * noise.like(
+            torch.empty(shape, dtype=self.dtype, device=self.device)
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         """Physical units, as one tensor (..., *physical shape)."""
@@ -287,7 +294,7 @@ class Posterior:
         return self._over_rows(z, lambda likelihood, x: (likelihood.deviance(self._decoded(x)),))[0]
 
     def misfit(self, z: Tensor) -> float:
-        """Reduced chi-square: the mean deviance over the number of measured values; 1 where the fit is as good as the noise."""
+        """Reduced chi-square: mean deviance a measured value; 1 where the fit is as good as the noise."""
         return float(self.deviance(z).mean()) / self.measurements
 
     def rows(self, z: Tensor) -> Tensor:
@@ -303,10 +310,12 @@ class Posterior:
             raise CapabilityError("This problem is not linear with Gaussian noise.")
         flat, rows = self._flat(z), self.rows(z)
         self.evaluations.likelihood_grad += len(flat)
-        return torch.cat([function(self._linear.rows(rows[s]), flat[s]) for s in self._chunks(len(flat))]).reshape(z.shape)
+        return torch.cat([function(self._linear.rows(rows[s]), flat[s]) for s in self._chunks(len(flat))]).reshape(
+            z.shape
+        )
 
     def potential(self, sigma: float, path: Path) -> LogProbAndGrad:
-        """The tempered likelihood f_sigma along a path: z -> (value of the leading axes' shape, gradient of z's shape)."""
+        """Temper the likelihood along a path: z -> (f_sigma of the leading axes' shape, gradient of z's shape)."""
 
         def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
             flat, rows = self._flat(z), self.rows(z)
@@ -315,6 +324,8 @@ class Posterior:
                 linear = None if self._linear is None else self._linear.rows(rows[s])
                 f = path.potential(sigma, linear, self._latent(self._likelihood.rows(rows[s])))
                 value, grad = f(flat[s])
+                self.evaluations.likelihood += len(value)
+                self.evaluations.likelihood_grad += len(value)
                 values.append(value)
                 grads.append(grad)
             return torch.cat(values).reshape(z.shape[: z.ndim - len(self.shape)]), torch.cat(grads).reshape(z.shape)
@@ -345,7 +356,8 @@ class Posterior:
         draws
             Draws (particles) in a chain.
         seed
-            Seed; the same seed gives the same draws for any micro-batch and whatever other problems are solved beside this one.
+            Seed; the same seed gives the same draws for any micro-batch and whatever other problems are solved beside
+            this one.
         chains
             Independent ensembles a problem.
         budget, progress, callback, checkpoint, checkpoint_every
@@ -371,7 +383,9 @@ class Posterior:
         keys = [stream_key(seed, key, chain) for key in self._keys for chain in range(chains)]
         noise = Noise(keys, draws, device=self.device, dtype=self.dtype)
         total = len(keys) * draws
-        identity = f"{sampler!r} {self._keys} {self._prior_key()} draws={draws} chains={chains} seed={seed} {self.dtype}"
+        identity = (
+            f"{sampler!r} {self._keys} {self._prior_key()} draws={draws} chains={chains} seed={seed} {self.dtype}"
+        )
         outcome = driver.run(
             sampler,
             self,
@@ -392,13 +406,24 @@ class Posterior:
             for i in range(self.problems):
                 part = slice(i * chains, (i + 1) * chains)
                 likelihood = self._likelihood.rows(torch.tensor([i], device=self.device))
-                own = about | {"problem": self._about[i][0], "problem_card": self._about[i][1], "problem_key": self._keys[i]}
+                own = about | {
+                    "problem": self._about[i][0],
+                    "problem_card": self._about[i][1],
+                    "problem_key": self._keys[i],
+                }
                 solutions.append(
                     Solution.from_draws(
-                        outcome.draws, part, decode=self.decode, event=self.event, likelihood=likelihood, trace=outcome.trace, about=own,
-                        seed=stream_key(seed, self._keys[i], "resample"), split=self._split,
+                        outcome.draws,
+                        part,
+                        decode=self.decode,
+                        split=self._split,
+                        event=self.event,
+                        likelihood=likelihood,
+                        trace=outcome.trace,
+                        about=own,
+                        seed=stream_key(seed, self._keys[i], "resample"),
                     )
-                )  # fmt: skip
+                )
         return solutions[0] if self._single else solutions
 
     # Within.
@@ -410,7 +435,11 @@ class Posterior:
 
     def _compose(self) -> LinearGaussian | None:
         likelihood, decoder = self._likelihood, self._decoder
-        if not isinstance(likelihood, Gaussian) or not isinstance(likelihood.operator, LinearOperator) or likelihood.measurement.is_complex():
+        if (
+            not isinstance(likelihood, Gaussian)
+            or not isinstance(likelihood.operator, LinearOperator)
+            or likelihood.measurement.is_complex()
+        ):
             return None
         A, y = likelihood.operator, likelihood.measurement
         if decoder is None:
@@ -418,9 +447,15 @@ class Posterior:
         if isinstance(decoder, Affine):
             if decoder.offset:
                 y = y - A(torch.full((1, *A.in_shape), decoder.offset, dtype=y.dtype, device=y.device))
-            return LinearGaussian(A if decoder.scale == 1.0 else LinearComposition(A, decoder.linear), y, likelihood.noise_std)
+            return LinearGaussian(
+                A if decoder.scale == 1.0 else LinearComposition(A, decoder.linear), y, likelihood.noise_std
+            )
         if isinstance(decoder, LinearOperator):
-            return LinearGaussian(A if isinstance(decoder, Scale) and decoder.factor == 1.0 else LinearComposition(A, decoder), y, likelihood.noise_std)
+            return LinearGaussian(
+                A if isinstance(decoder, Scale) and decoder.factor == 1.0 else LinearComposition(A, decoder),
+                y,
+                likelihood.noise_std,
+            )
         return None
 
     def _network(self, z: Tensor, sigma: Sigma) -> Tensor:
@@ -440,7 +475,7 @@ class Posterior:
         return z if decode is None else cast(Tensor, decode(z))
 
     def _latent(self, likelihood: Likelihood) -> LogProbAndGrad:
-        """Log-likelihood and gradient with respect to the latent event: the decoder's adjoint pulls the gradient back."""
+        """Log-likelihood and gradient in the latent event; the decoder's adjoint pulls the gradient back."""
         decoder = self._decoder
 
         def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -486,7 +521,7 @@ class Posterior:
         if len(self.event) == 1:
             return x
         lead = x.shape[: x.ndim - 1]
-        parts = x.split([v.size for v in self.event], dim=-1)
+        parts = torch.split_with_sizes(x, [v.size for v in self.event], dim=-1)
         return {v.name: part.reshape(*lead, *v.shape) for v, part in zip(self.event, parts, strict=True)}
 
     def _prior_key(self) -> str:
@@ -509,6 +544,7 @@ class Posterior:
             "sampler": type(sampler).__name__,
             "sampler_settings": repr(sampler),
             "citation": type(sampler).citation,
+            "measurements": self.measurements,
             "draws": draws,
             "chains": chains,
             "seed": seed,
@@ -539,7 +575,9 @@ def _device_of(prior: object) -> torch.device:
 
 def _stack(parts: Sequence[Likelihood]) -> Likelihood:
     if len({type(p) for p in parts}) != 1:
-        raise InputError(f"Problems that run together have one kind of likelihood, got {sorted({type(p).__name__ for p in parts})}.")
+        raise InputError(
+            f"Problems that run together have one kind of likelihood, got {sorted({type(p).__name__ for p in parts})}."
+        )
     return type(parts[0]).stack(parts)
 
 
@@ -547,7 +585,8 @@ def _conditioned(prior: Any, problems: Sequence[Problem]) -> Any:
     condition = getattr(prior, "condition", None)
     if condition is None:
         raise CapabilityError(
-            f"The problem gives {sorted(problems[0].given)} as known, but {type(prior).__name__} has no condition(given)."
+            f"The problem gives {sorted(problems[0].given)} as known, "
+            f"but {type(prior).__name__} has no condition(given)."
         )
     if len(problems) > 1:
         raise InputError("Problems with given variables are solved one by one; pass them to solve singly.")

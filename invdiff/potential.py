@@ -54,7 +54,7 @@ class LinearGaussian:
         return self.noise_std.ndim == 0 and self.operator.svd is not None
 
     def rows(self, index: Tensor) -> "LinearGaussian":
-        """The problem whose row i holds measurement ``index[i]``."""
+        """Return the problem whose row i holds measurement ``index[i]``."""
         y = self.measurement if len(self.measurement) == 1 else self.measurement[index]
         return LinearGaussian(self.operator, y, self.noise_std)
 
@@ -77,7 +77,8 @@ class LinearGaussian:
         r
             Residuals (n, *out_shape).
         covariance
-            v -> C v on (n, *shape), symmetric and positive; or a float c for C = c * identity (a closed form with an SVD).
+            v -> C v on (n, *shape), symmetric and positive; or a float c for C = c * identity (a closed form with an
+            SVD).
         rtol, max_iterations
             Of the conjugate gradients, where they are needed.
         """
@@ -90,7 +91,9 @@ class LinearGaussian:
                 lambda v: variance * v + c * A(A.adjoint(v)), r, rtol=rtol, max_iterations=max_iterations
             )
         apply = covariance
-        return conjugate_gradient(lambda v: variance * v + A(apply(A.adjoint(v))), r, rtol=rtol, max_iterations=max_iterations)
+        return conjugate_gradient(
+            lambda v: variance * v + A(apply(A.adjoint(v))), r, rtol=rtol, max_iterations=max_iterations
+        )
 
 
 class Path(ABC):
@@ -163,7 +166,10 @@ class Tempered(Path):
     scale: float
 
     def potential(
-        self, sigma: float, linear: LinearGaussian | None, log_prob_and_grad: LogProbAndGrad  # noqa: ARG002
+        self,
+        sigma: float,
+        linear: LinearGaussian | None,  # noqa: ARG002 the contract's
+        log_prob_and_grad: LogProbAndGrad,
     ) -> LogProbAndGrad:
         """f_sigma and its gradient; see `Path.potential`."""
         beta = 1.0 / (1.0 + (sigma / self.scale) ** 2)

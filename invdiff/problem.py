@@ -4,20 +4,20 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from invdiff import likelihoods
 from invdiff.errors import InputError, ShapeError
-from invdiff.event import Event, plain_event
+from invdiff.event import Event, image_event, plain_event
 from invdiff.likelihoods import Likelihood
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator, fingerprint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     r"""A measurement and its likelihood.
 
@@ -50,12 +50,15 @@ class Problem:
     def __post_init__(self) -> None:
         if self.likelihood.problems != 1:
             raise ShapeError(
-                f"A problem holds one measurement, this likelihood {self.likelihood.problems}; pass solve a list of problems instead."
+                f"A problem holds one measurement, this likelihood {self.likelihood.problems}; "
+                "pass solve a list of problems instead."
             )
         if not self.event:
             object.__setattr__(self, "event", plain_event(self.likelihood.in_shape))
         if len(self.event) == 1 and self.event[0].shape != tuple(self.likelihood.in_shape):
-            raise ShapeError(f"The event has shape {self.event[0].shape}, the likelihood takes {tuple(self.likelihood.in_shape)}.")
+            raise ShapeError(
+                f"The event has shape {self.event[0].shape}, the likelihood takes {tuple(self.likelihood.in_shape)}."
+            )
         if self.reference is not None and tuple(self.reference.shape) != tuple(self.likelihood.in_shape):
             raise ShapeError(
                 f"The reference has shape {tuple(self.reference.shape)}, the unknown {tuple(self.likelihood.in_shape)}."
@@ -63,7 +66,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """Hash of the likelihood, measurement and given variables: equal problems get equal noise wherever they stand."""
+        """Hash of likelihood, measurement and given variables: equal problems get equal noise wherever they stand."""
         digest = hashlib.sha256(fingerprint(self.likelihood).encode())
         for name, value in sorted(self.given.items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -71,7 +74,14 @@ class Problem:
 
     @classmethod
     def simulate(
-        cls, operator: Operator, truth: Tensor, *, noise_std: float, seed: int = 0, name: str = "simulated", **settings: Any
+        cls,
+        operator: Operator,
+        truth: Tensor,
+        *,
+        noise_std: float,
+        seed: int = 0,
+        name: str = "simulated",
+        **settings: Any,
     ) -> "Problem":
         r"""Degrade a truth: ``y = A(x) + noise_std * eps``; the truth is kept as the reference.
 
@@ -91,11 +101,15 @@ class Problem:
         if tuple(truth.shape) == (1, *operator.in_shape):
             truth = truth[0]
         if tuple(truth.shape) != operator.in_shape:
-            raise ShapeError(f"The truth has shape {tuple(truth.shape)}, {type(operator).__name__} takes {operator.in_shape}.")
+            raise ShapeError(
+                f"The truth has shape {tuple(truth.shape)}, {type(operator).__name__} takes {operator.in_shape}."
+            )
         if not bool(torch.isfinite(truth).all()):
             raise InputError("The truth holds values that are not finite.")
         if not noise_std > 0:
-            raise InputError(f"noise_std must be positive, got {noise_std}. For noiseless data give a small value, e.g. 1e-3.")
+            raise InputError(
+                f"noise_std must be positive, got {noise_std}. For noiseless data give a small value, e.g. 1e-3."
+            )
         with torch.no_grad():
             clean = operator(truth[None])
         noise = Noise([stream_key(seed, "measurement")], 1, device=clean.device, dtype=torch.float64)
@@ -117,7 +131,8 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
     index
         Which of the data set's pictures; also seeds kernels, masks and noise where the card says so.
     data
-        Folder of the data set's files, where they are not part of an installed package; environment variable INVDIFF_DATA if None.
+        Folder of the data set's files, where they are not part of an installed package; environment variable
+        INVDIFF_DATA if None.
     overrides
         Settings by dotted name with ``.`` written as ``__``, e.g. ``noise__std=0.1``.
 
@@ -128,6 +143,91 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
     InputError
         If the card has a mistyped field, or the data are not there.
     """
-    from invdiff.card_problems import problem_from_card
+    settings = {name.replace("__", "."): value for name, value in overrides.items()}
+    return problem_from_card(read_problem_card(card, settings), index, data=data)
 
-    return problem_from_card(card, index, data=data, overrides={k.replace("__", "."): v for k, v in overrides.items()})
+
+def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = None) -> "ProblemCard":
+    """Card of a problem by name or path, some of its settings replaced by dotted name.
+
+    Files that the card names are sought beside it; files in the settings, from the working folder.
+
+    Raises
+    ------
+    CatalogueError
+        If there is no such card.
+    InputError
+        If there is no card at a path, or a field is mistyped, missing or unknown.
+    """
+    from invdiff.card_models import ProblemCard, override, read_values, validate
+    from invdiff.cards import find
+
+    path = find("problems", card)
+    values = read_values(path)
+    _beside(values, path.parent)
+    where = str(path) + (f" with {', '.join(f'{k} = {v!r}' for k, v in settings.items())}" if settings else "")
+    found = validate(override(values, settings or {}), "problems", where)
+    assert isinstance(found, ProblemCard)
+    return found
+
+
+def _beside(values: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a card's values absolute: kernels, masks and the data set's own card."""
+    operator, data = values.get("operator"), values.get("data")
+    parts = [operator.get(key) for key in ("kernel", "mask")] if isinstance(operator, dict) else []
+    for table, key in [*((part, "path") for part in parts), (data, "set")]:
+        name = table.get(key) if isinstance(table, dict) else None
+        if isinstance(name, str) and (key == "path" or name.endswith(".toml")):
+            table[key] = str(folder / name)
+
+
+def problem_from_card(
+    card: "ProblemCard",
+    index: int = 0,
+    *,
+    data: str | Path | None = None,
+    pixels: Tensor | None = None,
+    seed: int = 0,
+) -> Problem:
+    r"""Simulate a card's problem.
+
+    Parameters
+    ----------
+    card
+        From `read_problem_card`.
+    index
+        Which of the data set's pictures; seeds kernels and masks too, and the noise together with the card's name, so
+        that every sampler sees the same measurement.
+    data
+        Folder of the data set's files; environment variable INVDIFF_DATA if None.
+    pixels
+        A picture (c, h, w) in [0, 1] to take in place of the data set's.
+    seed
+        Another seed is another noise.
+
+    Raises
+    ------
+    ShapeError
+        If the operator does not fit the picture.
+    InputError
+        If the picture or a file is not there.
+    """
+    from invdiff.card_models import card_hash
+    from invdiff.operators.from_card import operator_from_card
+
+    if index < 0:
+        raise InputError(f"The index counts from 0, got {index}.")
+    if pixels is None:
+        from invdiff.images import load_data_card, load_image
+
+        pixels = load_image(load_data_card(card.data.set), index, card.data.side, data=data)
+    c, h, w = pixels.shape
+    return Problem.simulate(
+        operator_from_card(card.operator, (c, h, w), index),
+        pixels,
+        noise_std=card.noise.std,
+        seed=stream_key(seed, card.name, index),
+        name=card.name,
+        card=card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
+        event=image_event((c, h, w)),
+    )

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from math import exp, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +19,7 @@ from invdiff.draws import Draws, systematic_resample
 from invdiff.driver import Info
 from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.event import Event, Variable
-from invdiff.likelihoods import Gaussian, Likelihood
+from invdiff.likelihoods import Likelihood
 from invdiff.noise import Noise
 
 if TYPE_CHECKING:
@@ -108,23 +109,23 @@ class Solution:
             deviance=likelihood.deviance(flat).reshape(x.shape[:2]).cpu(),
             trace=tuple(trace),
             measurement=None if measured is None else measured[0].cpu(),
-            likelihood=likelihood.to("cpu") if flat.device.type == "cpu" else likelihood,
+            likelihood=likelihood,
             about=dict(about),
         )
 
     def with_reference(self, reference: Values | None) -> Self:
-        """The same solution with a truth to score against."""
+        """Return the same solution with a truth to score against."""
         return self if reference is None else replace(self, reference=_cpu(_by_name(reference, self.event)))
 
     def because(self, reason: str) -> Self:
-        """The same solution with the reason for its sampler in the provenance."""
+        """Return the same solution with the reason for its sampler in the provenance."""
         return replace(self, about={**self.about, "sampler_reason": reason})
 
     # The draws and their summaries.
 
     @property
     def draws(self) -> Values:
-        """Equal-weight draws, (draws, *event), all chains together, physical units; a dict where there are several variables."""
+        """Equal-weight draws, (draws, *event), all chains together, physical units; a dict for several variables."""
         return self._each(lambda name: self.by_chain[name].flatten(0, 1))
 
     def mean(self) -> Values:
@@ -171,41 +172,50 @@ class Solution:
         """Noise-free measurements of the draws, (draws, *out_shape): what the operator makes of them."""
         operator = getattr(self.likelihood, "operator", None)
         if operator is None:
-            raise CapabilityError("A solution read from a file, or of a likelihood without an operator, cannot predict.")
+            raise CapabilityError(
+                "A solution read from a file, or of a likelihood without an operator, cannot predict."
+            )
+        device = next((b.device for b in self.likelihood.buffers()), None) if self.likelihood is not None else None
         with torch.no_grad():
-            return torch.as_tensor(operator(self._joined()))
+            return torch.as_tensor(operator(self._joined().to(device))).cpu()
 
     def check(self) -> dict[str, float | str]:
         """Compare the draws' residuals with the noise.
 
         Returns
         -------
-            ``reduced_chi_square`` (mean over draws; expected near 1), its ``expected_spread`` for as many measured values, and a
-            ``verdict``: "consistent", "misfit" (above: too little noise stated, or model wrong) or "overfit" (below).
+            ``reduced_chi_square`` (mean over draws; expected near 1), its ``expected_spread`` for as many measured
+            values, and a ``verdict``: "consistent", "misfit" (above: too little noise stated, or model wrong) or
+            "overfit" (below).
         """
         count = int(self.about.get("measurements", 0)) or (self.likelihood.measurements if self.likelihood else 0)
         if not count:
             raise CapabilityError("The number of measured values is not known; this solution cannot be checked.")
         ratio = float(self.deviance.mean()) / count
-        # A fitted unknown absorbs part of the noise, a draw adds its spread: the band is wider than the chi-square's own.
+        # A fitted unknown absorbs part of the noise, a draw adds its spread: the band is wider than chi-square's.
         spread = (2.0 / count) ** 0.5
         band = 0.1 + 4.0 * spread
         verdict = "misfit" if ratio > 1 + band else "overfit" if ratio < exp(-4 * band) else "consistent"
         return {"reduced_chi_square": ratio, "expected_spread": spread, "verdict": verdict}
 
     def score(self, reference: Values | None = None) -> dict[str, float]:
-        """Scores against the truth: the problem's reference if none is given; prefixed by variable where there are several.
+        """Scores against a truth, the problem's if none is given; prefixed by variable where there are several.
 
         Raises
         ------
         InputError
             If there is no truth.
+        ShapeError
+            If it does not fit the event.
         """
         truth = self.reference if reference is None else _by_name(reference, self.event)
         if truth is None:
             raise InputError("There is no truth to score against; pass one: solution.score(truth).")
         scores: dict[str, float] = {}
         for v in self.event:
+            if v.name not in truth or tuple(truth[v.name].shape) != v.shape:
+                given = {name: tuple(t.shape) for name, t in truth.items()}
+                raise ShapeError(f"A truth for {v.name!r} has shape {v.shape}; got {given}.")
             prefix = "" if len(self.event) == 1 else f"{v.name}/"
             own = metrics.score(self.by_chain[v.name].flatten(0, 1), truth[v.name])
             scores |= {prefix + name: value for name, value in own.items()}
@@ -259,7 +269,8 @@ class Solution:
     def __repr__(self) -> str:
         names = ", ".join(f"{v.name} {v.shape}" for v in self.event)
         chains, draws = self.deviance.shape
-        text = f"Solution of {self.about.get('problem', 'a problem')} by {self.about.get('sampler', '?')}: {chains} x {draws} draws of {names}"
+        source = f"{self.about.get('problem', 'a problem')} by {self.about.get('sampler', '?')}"
+        text = f"Solution of {source}: {chains} x {draws} draws of {names}"
         return f"<{text}, log evidence {self.log_evidence:.2f}>" if self.log_evidence is not None else f"<{text}>"
 
     # Within.
@@ -275,16 +286,33 @@ class Solution:
 
     def provenance(self) -> dict[str, Any]:
         """Provenance as plain values for a file's attributes."""
-        plain = {k: v if isinstance(v, (str, int, float)) else json.dumps(v, default=str) for k, v in self.about.items()}
+        # NetCDF has no booleans.
+        values = {k: int(v) if isinstance(v, bool) else v for k, v in self.about.items()}
+        plain = {k: v if isinstance(v, (str, int, float)) else json.dumps(v, default=str) for k, v in values.items()}
         return plain | {"event": json.dumps([asdict(v) for v in self.event]), "is_chain": int(self.is_chain)}
 
 
 def _by_name(values: Any, event: Event) -> dict[str, Tensor]:
     if isinstance(values, Tensor):
-        if len(event) != 1:
-            raise ShapeError(f"Give a dict with the variables {[v.name for v in event]}.")
-        return {event[0].name: values}
+        sizes = [v.size for v in event]
+        if len(event) == 1:
+            values = {event[0].name: values}
+        elif values.shape[-1:] == (sum(sizes),):
+            # Several variables share one flat tensor in a problem's reference.
+            lead = values.shape[:-1]
+            values = {
+                v.name: part.reshape(*lead, *v.shape)
+                for v, part in zip(event, torch.tensor_split(values, _ends(sizes), dim=-1), strict=True)
+            }
+        else:
+            raise ShapeError(
+                f"Give a dict with the variables {[v.name for v in event]}, or a tensor of {sum(sizes)} values."
+            )
     return dict(values)
+
+
+def _ends(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(accumulate(sizes))[:-1]
 
 
 def _cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -309,7 +337,9 @@ class atomic_path:  # noqa: N801 used as a context manager
 
     def __enter__(self) -> Path:
         try:
-            handle, name = tempfile.mkstemp(dir=self.target.parent, prefix=f".{self.target.name}.", suffix=self.target.suffix)
+            handle, name = tempfile.mkstemp(
+                dir=self.target.parent, prefix=f".{self.target.name}.", suffix=self.target.suffix
+            )
         except OSError as error:
             raise InputError(f"Cannot write {self.target}: {error.strerror}.") from error
         os.close(handle)

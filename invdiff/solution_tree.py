@@ -1,7 +1,8 @@
 """A solution as an xarray DataTree in ArviZ's schema, and back; this is where xarray loads.
 
-Groups: ``posterior`` (chain, draw, event), ``particles`` with ``log_weight`` where there were weights, ``sample_stats``,
-``trace`` (one entry a step), ``observed_data``, ``constant_data`` (the truth); provenance in the root's attributes.
+Groups: ``posterior`` (chain, draw, event), ``particles`` with ``log_weight`` where there were weights,
+``sample_stats``, ``trace`` (one entry a step), ``observed_data``, ``constant_data`` (the truth); provenance in the
+root's attributes.
 """
 
 import json
@@ -24,14 +25,27 @@ if TYPE_CHECKING:
 _JSON = ("problem_card",)
 
 
-def _array(t: Tensor, lead: tuple[str, ...], variable: Variable) -> "xr.DataArray":
+def _dims(event: Event) -> dict[str, tuple[str, ...]]:
+    """Axis names by variable; an axis that two variables have with other values is named after the variable."""
+    axes: dict[str, set[tuple[Any, ...]]] = {}
+    for v in event:
+        for dim, size in zip(v.dims, v.shape, strict=True):
+            axes.setdefault(dim, set()).add((size, *v.coords.get(dim, ())))
+    # xarray would join such axes and pad both variables with NaN.
+    return {v.name: tuple(d if len(axes[d]) == 1 else f"{v.name}_{d}" for d in v.dims) for v in event}
+
+
+def _array(t: Tensor, lead: tuple[str, ...], variable: Variable, dims: dict[str, tuple[str, ...]]) -> "xr.DataArray":
     import numpy as np
     import xarray as xr
 
     coords: dict[str, Any] = {d: np.arange(t.shape[i]) for i, d in enumerate(lead)}
-    for dim, size in zip(variable.dims, variable.shape, strict=True):
-        coords[dim] = np.asarray(variable.coords[dim]) if dim in variable.coords else np.arange(size)
-    return xr.DataArray(t.numpy(), dims=(*lead, *variable.dims), coords=coords, name=variable.name, attrs={"units": variable.units})
+    names = dims[variable.name]
+    for name, dim, size in zip(names, variable.dims, variable.shape, strict=True):
+        coords[name] = np.asarray(variable.coords[dim]) if dim in variable.coords else np.arange(size)
+    return xr.DataArray(
+        t.numpy(), dims=(*lead, *names), coords=coords, name=variable.name, attrs={"units": variable.units}
+    )
 
 
 def to_tree(solution: "Solution") -> "xr.DataTree":
@@ -39,7 +53,7 @@ def to_tree(solution: "Solution") -> "xr.DataTree":
     import numpy as np
     import xarray as xr
 
-    event = solution.event
+    event, dims = solution.event, _dims(solution.event)
     chain_draw = ("chain", "draw")
     stats: dict[str, Any] = {"deviance": (chain_draw, solution.deviance.numpy())}
     if solution.ancestors is not None:
@@ -49,28 +63,36 @@ def to_tree(solution: "Solution") -> "xr.DataTree":
     chains, draws = solution.deviance.shape
     coords = {"chain": np.arange(chains), "draw": np.arange(draws)}
     groups: dict[str, Any] = {
-        "/posterior": xr.Dataset({v.name: _array(solution.by_chain[v.name], chain_draw, v) for v in event}),
+        "/posterior": xr.Dataset({v.name: _array(solution.by_chain[v.name], chain_draw, v, dims) for v in event}),
         "/sample_stats": xr.Dataset(stats, coords=coords),
     }
     if solution.particles is not None and solution.log_weights is not None:
         lead = ("chain", "particle")
         groups["/particles"] = xr.Dataset(
-            {v.name: _array(solution.particles[v.name], lead, v) for v in event}
+            {v.name: _array(solution.particles[v.name], lead, v, dims) for v in event}
         ).assign(log_weight=(lead, solution.log_weights.numpy()))
     if solution.trace:
         columns = {
-            f.name: ("step", np.array([np.nan if (x := getattr(i, f.name)) is None else x for i in solution.trace], dtype=np.float64))
+            f.name: (
+                "step",
+                np.array(
+                    [np.nan if (x := getattr(i, f.name)) is None else x for i in solution.trace], dtype=np.float64
+                ),
+            )
             for f in fields(Info)
         }
         groups["/trace"] = xr.Dataset(columns, coords={"step": np.arange(1, len(solution.trace) + 1)})
     if solution.measurement is not None:
         y = solution.measurement
-        dims = event[0].dims if len(event) == 1 and y.ndim == len(event[0].dims) else tuple(f"y_dim_{i}" for i in range(y.ndim))
-        if len(event) == 1 and dims == event[0].dims:
-            dims = tuple(d if a == b else f"y_{d}" for d, a, b in zip(dims, y.shape, event[0].shape, strict=True))
-        groups["/observed_data"] = xr.Dataset({"measurement": (dims, y.numpy())})
+        axes = tuple(f"y_dim_{i}" for i in range(y.ndim))
+        if len(event) == 1 and y.ndim == len(event[0].dims):
+            # A measurement on the unknown's own grid shares the names of its axes.
+            axes = tuple(
+                d if a == b else f"y_{d}" for d, a, b in zip(event[0].dims, y.shape, event[0].shape, strict=True)
+            )
+        groups["/observed_data"] = xr.Dataset({"measurement": (axes, y.numpy())})
     if solution.reference is not None:
-        groups["/constant_data"] = xr.Dataset({v.name: _array(solution.reference[v.name], (), v) for v in event})
+        groups["/constant_data"] = xr.Dataset({v.name: _array(solution.reference[v.name], (), v, dims) for v in event})
     tree = xr.DataTree.from_dict(groups)
     tree.attrs.update(solution.provenance())
     return tree
@@ -84,8 +106,6 @@ def read_solution(path: Path) -> "Solution":
     """Read a file that `Solution.save` wrote."""
     import xarray as xr
 
-    from invdiff.solution import Solution, variables_from_json
-
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     try:
@@ -93,25 +113,32 @@ def read_solution(path: Path) -> "Solution":
             tree = opened.load()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a NetCDF file that this can read, or is damaged ({error}).") from error
+    try:
+        return _from_tree(tree)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is a NetCDF file but not a solution that Solution.save wrote ({error!r}).") from error
+
+
+def _from_tree(tree: "xr.DataTree") -> "Solution":
+    """Solution of a tree; KeyError, ValueError or TypeError where it is another tree."""
+    from invdiff.solution import Solution, variables_from_json
+
     attrs = dict(tree.attrs)
-    if "event" not in attrs or "posterior" not in tree.children:
-        raise InputError(f"{path} is a NetCDF file but not a solution of invdiff.")
     event, is_chain = variables_from_json(attrs.pop("event")), bool(attrs.pop("is_chain"))
-    about = {k: json.loads(v) if k in _JSON else v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
+    about = {str(k): json.loads(v) if k in _JSON else v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
     stats, groups = tree["sample_stats"], tree.children
 
     def column(dataset: Any, name: str) -> Tensor | None:
         return torch.from_numpy(dataset[name].values.copy()) if name in dataset else None
 
-    trace = ()
+    trace: tuple[Info, ...] = ()
     if "trace" in groups:
         names = [f.name for f in fields(Info)]
         rows = zip(*(tree["trace"][n].values for n in names), strict=True)
-        trace = tuple(Info(**{n: None if x != x else float(x) for n, x in zip(names, row, strict=True)}) for row in rows)  # type: ignore[arg-type]  # noqa: PLR0124 NaN
+        # NaN, which differs from itself, stands for None.
+        entries = ({n: None if x != x else float(x) for n, x in zip(names, row, strict=True)} for row in rows)
+        trace = tuple(Info(**entry) for entry in entries)  # type: ignore[arg-type]
     weighted = "particles" in groups
-    deviance = column(stats, "deviance")
-    if deviance is None:
-        raise InputError(f"{path} lacks the draws' deviance; it was not written by Solution.save.")
     return Solution(
         event=event,
         by_chain=_tensors(tree["posterior"], event),
@@ -120,7 +147,7 @@ def read_solution(path: Path) -> "Solution":
         ancestors=column(stats, "ancestor"),
         chain_log_evidence=column(stats, "log_evidence"),
         is_chain=is_chain,
-        deviance=deviance,
+        deviance=torch.from_numpy(stats["deviance"].values.copy()),
         trace=trace,
         measurement=column(tree["observed_data"], "measurement") if "observed_data" in groups else None,
         reference=_tensors(tree["constant_data"], event) if "constant_data" in groups else None,

@@ -21,7 +21,11 @@ from invdiff.solution import Solution
 def sampler_classes() -> dict[str, type[Sampler]]:
     """Samplers by lower-case name."""
     found = vars(samplers).values()
-    return {c.__name__.lower(): c for c in found if inspect.isclass(c) and issubclass(c, Sampler) and not inspect.isabstract(c)}
+    return {
+        c.__name__.lower(): c
+        for c in found
+        if inspect.isclass(c) and issubclass(c, Sampler) and not inspect.isabstract(c)
+    }
 
 
 def sampler_by_name(name: str, **settings: Any) -> Sampler:
@@ -57,19 +61,19 @@ def able_samplers(posterior: Posterior) -> list[str]:
 
 
 def choose_variant(cls: type[Sampler], posterior: Posterior) -> Sampler:
-    """A sampler of a class with default settings, PiGDM with the stored covariance where the prior has one."""
+    """Return a sampler of a class with default settings, PiGDM with the stored covariance where the prior has one."""
     if cls is samplers.PiGDM and "curvature" in posterior.capabilities:
         return samplers.PiGDM(covariance=samplers.Spectral())
     return cls()
 
 
 def choose_sampler(posterior: Posterior) -> tuple[Sampler, str]:
-    """The sampler that `solve` takes if none is given, and why."""
+    """Return the sampler that `solve` takes if none is given, and why."""
     can = posterior.capabilities
     if {"denoiser", "linear", "curvature"} <= can:
         return (
             samplers.PiGDM(covariance=samplers.Spectral()),
-            "linear-Gaussian problem, and the prior knows its error covariance: moment matching without network gradients",
+            "linear-Gaussian problem and known error covariance: moment matching without network gradients",
         )
     if {"denoiser", "denoiser_vjp", "linear"} <= can:
         return samplers.PiGDM(), "linear-Gaussian problem: moment matching with the denoiser's Jacobian"
@@ -77,11 +81,13 @@ def choose_sampler(posterior: Posterior) -> tuple[Sampler, str]:
         return samplers.DPS(), "the problem is not linear with Gaussian noise: gradient guidance"
     if "denoiser" in can:
         return samplers.ImportanceSampling(), "the likelihood has no gradient: importance sampling from the prior"
-    raise CapabilityError(f"No sampler here can run on a posterior with the capabilities {', '.join(sorted(can)) or 'none'}.")
+    raise CapabilityError(
+        f"No sampler here can run on a posterior with the capabilities {', '.join(sorted(can)) or 'none'}."
+    )
 
 
 def as_device(device: str | torch.device | None) -> torch.device | None:
-    """A usable device.
+    """Return a usable device.
 
     Raises
     ------
@@ -90,7 +96,11 @@ def as_device(device: str | torch.device | None) -> torch.device | None:
     """
     if device is None:
         return None
-    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    known = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+    ]
     if torch.backends.mps.is_available():
         known.append("mps")
     if str(device) not in known:
@@ -123,8 +133,8 @@ def solve(
     Parameters
     ----------
     problem
-        A problem, the name of a card or a path to one; or a list of problems that share operator, noise level and event, which
-        run as one batch with the results of one-by-one calls.
+        A problem, the name of a card or a path to one; or a list of problems that share operator, noise level and
+        event, which run as one batch with the results of one-by-one calls.
     prior
         A prior, or the name of a shipped one or a path to one.
     sampler
@@ -136,7 +146,8 @@ def solve(
     device, dtype, micro_batch, precision, compile
         As in `Posterior`.
     together
-        Problems in one batch, where there are many; all if None. Batches that are complete are kept when a later one is stopped.
+        Problems in one batch, where there are many; all if None. Batches that are complete are kept when a later one is
+        stopped.
     max_evaluations, max_seconds
         Bounds on network evaluations a draw and on the wall time of a batch.
     progress, callback, checkpoint
@@ -165,6 +176,8 @@ def solve(
         sampler = sampler_by_name(sampler)
     single = isinstance(problem, Problem)
     problems = [problem] if isinstance(problem, Problem) else list(problem)
+    if together is not None and together < 1:
+        raise InputError(f"together is a number of problems in a batch, at least 1; got {together}.")
     size = together or max(1, len(problems))
     if checkpoint is not None and size < len(problems):
         raise InputError("A checkpoint holds one batch; leave `together` out, or solve batch by batch.")
@@ -176,7 +189,7 @@ def solve(
                 batch, prior, device=place, dtype=dtype, micro_batch=micro_batch, precision=precision, compile=compile
             )
             chosen, reason = (sampler, "given") if sampler is not None else choose_sampler(posterior)
-            _check_able(chosen, posterior)
+            check_able(chosen, posterior)
             solutions = posterior.sample(
                 chosen,
                 draws,
@@ -200,7 +213,8 @@ def solve(
     return done[0] if single else done
 
 
-def _check_able(sampler: Sampler, posterior: Posterior) -> None:
+def check_able(sampler: Sampler, posterior: Posterior) -> None:
+    """Raise CapabilityError, naming samplers that can, unless the sampler can run on the posterior."""
     try:
         posterior.require(sampler)
     except CapabilityError as error:

@@ -6,7 +6,19 @@ from math import prod
 import torch
 from torch import Tensor
 
+from invdiff.diagnostics.exactness import ExactProblem, SamplerReport, check_sampler
+from invdiff.diagnostics.prior_checks import PriorReport, check_prior
 from invdiff.operators.base import SVD, LinearOperator, Operator
+
+__all__ = [
+    "ExactProblem",
+    "OperatorReport",
+    "PriorReport",
+    "SamplerReport",
+    "check_operator",
+    "check_prior",
+    "check_sampler",
+]
 
 _DENSE = 1024  # Largest number of inputs for which the operator's matrix is written out.
 
@@ -22,8 +34,8 @@ class OperatorReport:
     adjointness
         Of <A x, y> against <x, A^T y>, relative to |A x| |y| + |x| |A^T y|.
     gradient
-        Of the vector-Jacobian product by autograd against A^T y; for an operator that is not linear, of the
-        Jacobian-vector product by central differences against autograd, in a random direction.
+        Of the vector-Jacobian product by autograd against A^T y; for an operator that is not linear, against central
+        differences in a random direction.
     norm
         Of ``norm()`` against the operator's matrix, or against power iteration where that is large.
     svd

@@ -386,6 +386,7 @@ class Square(Operator):
         (lambda: gaussian().posterior(Scale((2, 3)), torch.full((2, 3), torch.nan), 1.0), InputError, "finite"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_errors_say_what_is_wrong(make, error, match):
     with pytest.raises(error, match=match):
         make()

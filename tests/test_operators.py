@@ -204,8 +204,8 @@ def test_inpainting_keeps_the_observed_entries_in_order(h, w, c, fraction):
 def test_downsampling_is_torchs_antialiased_interpolation(factor, h, w, mode):
     A, x = Downsampling((3, h, w), factor, mode), rand(2, 3, h, w)
     expected = torch.nn.functional.interpolate(x, (h // factor, w // factor), mode=mode, antialias=True)
-    # torch rounds its scale to single precision, which shows where the factor is no power of two. Outputs one pixel wide are
-    # left out: there torch 2.14's answer depends on the memory layout of its input.
+    # torch rounds its scale to single precision, which shows where the factor is no power of two. Outputs of one pixel
+    # are left out: there torch 2.14 depends on the memory layout of its input.
     tolerance = 1e-12 if factor & (factor - 1) == 0 else 1e-7
     torch.testing.assert_close(A(x), expected, rtol=tolerance, atol=tolerance)
 
@@ -316,6 +316,8 @@ def test_masks():
     assert not torch.equal(random_mask((9, 9), 0.5, seed=0), random_mask((9, 9), 0.5, seed=1))
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_is_refused():
     with pytest.raises(ShapeError, match="too large"):
         Blur(rand(9, 9), (1, 4, 4), "reflect")

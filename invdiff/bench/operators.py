@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,11 @@ from invdiff.operators import Blur, Downsampling, Inpainting, gaussian_kernel, m
 from invdiff.operators.base import LinearOperator
 
 Call = Callable[[Tensor], Any]
+PROX = "proximal step, motion blur 61, circular"
+
+
+def _prox(A: LinearOperator, z: Tensor) -> Tensor:
+    return A.prox(z, z, 1.0)
 
 
 def rows(shape: tuple[int, int, int], device: torch.device) -> dict[str, dict[str, tuple[Call, Call, str]]]:
@@ -45,7 +51,7 @@ def rows(shape: tuple[int, int, int], device: torch.device) -> dict[str, dict[st
         note = A.chosen_method(device) if isinstance(A, Blur) else ""
         table[name] = {"invdiff": (A, A.adjoint, note)}
         if isinstance(A, Blur) and A.boundary == "circular":
-            table["proximal step of it"] = {"invdiff": (lambda z, A=A: A.prox(z, z, 1.0), A.adjoint, "closed form")}
+            table[PROX] = {"invdiff": (partial(_prox, A), A.adjoint, "closed form")}
     if find_spec("deepinv") is None:
         return table
     from deepinv import physics
@@ -62,7 +68,7 @@ def rows(shape: tuple[int, int, int], device: torch.device) -> dict[str, dict[st
             add(row, "deepinv (fft)", physics.Blur(filter=k, padding=boundary, use_fft=True), "use_fft=True")
     fourier = physics.BlurFFT(img_size=shape, filter=k).to(device)
     table["motion blur 61, circular"]["deepinv (BlurFFT)"] = (fourier.A, fourier.A_adjoint, "BlurFFT")
-    table["proximal step of it"]["deepinv"] = (lambda z: fourier.prox_l2(z, z, 1.0), fourier.A_adjoint, "BlurFFT")
+    table[PROX]["deepinv"] = (lambda z: fourier.prox_l2(z, z, 1.0), fourier.A_adjoint, "BlurFFT")
     add("Gaussian blur 23, reflect", "deepinv", physics.Blur(filter=g, padding="reflect"), "its default")
     add("inpainting", "deepinv", physics.Inpainting(img_size=shape, mask=mask.float()), "same-shape output")
     down = physics.Downsampling(img_size=shape, filter="bicubic", factor=4, padding="circular")
@@ -82,8 +88,8 @@ def interleave(calls: dict[str, Call], like: dict[str, Tensor], repeats: int, de
         for k, call in calls.items():
             b = buffers[k][i % ring]
             if cuda:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(400_000)
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                torch.cuda._sleep(400_000)  # type: ignore[no-untyped-call]
                 start.record()
                 call(b)
                 end.record()
@@ -112,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
             x = {k: torch.randn(batch, *shape, device=device) for k in entries}
             y = {k: torch.empty_like(e[0](x[k])) for k, e in entries.items()}
             forward = interleave({k: e[0] for k, e in entries.items()}, x, repeats, device)
-            only_forward = row.startswith("proximal")
+            only_forward = row == PROX
             adjoint = {} if only_forward else interleave({k: e[1] for k, e in entries.items()}, y, repeats, device)
             results[row] = {
                 k: {"forward_us": forward[k], "adjoint_us": adjoint.get(k), "how": e[2]} for k, e in entries.items()

@@ -63,8 +63,8 @@ class Integrator(ABC):
         sigma, sigma_next
             Noise levels; sigma_next may be 0.
         memory
-            What the previous step returned; None at the first step. Multistep methods keep the last denoised state here, and
-            whoever permutes the particles permutes it with them.
+            What the previous step returned; None at the first step. Multistep methods keep the last denoised state
+            here, and whoever permutes the particles permutes it with them.
         sigma_previous
             Noise level from which the previous step started, to which the memory belongs; None at the first step.
         normal

@@ -1,4 +1,6 @@
-"""Euler on the probability-flow ODE, which is DDIM (Song et al. 2021, arXiv 2010.02502): first order, one evaluation a step.
+"""Euler on the probability-flow ODE, which is DDIM (Song et al. 2021, arXiv 2010.02502).
+
+First order, one evaluation a step:
 
     z' = D + (sigma' / sigma) (z - D)
 """

@@ -1,7 +1,7 @@
 """The contract of a likelihood: how probable a measurement is, given the unknown in physical units.
 
-A likelihood may hold several measurements made with one operator (the leading axis of ``measurement``); `rows` picks the
-measurement that belongs to each particle, so that many problems run as one batch.
+A likelihood may hold several measurements made with one operator (the leading axis of ``measurement``); `rows` picks
+the measurement that belongs to each particle, so that many problems run as one batch.
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, index: Tensor) -> Self:
-        """The likelihood whose row i holds measurement ``index[i]``."""
+        """Return the likelihood whose row i holds measurement ``index[i]``."""
 
     @classmethod
     @abstractmethod

@@ -25,8 +25,8 @@ class Gaussian(Likelihood):
     measurement
         Measurement of shape (\*out_shape) or (problems, \*out_shape), in the operator's output units; finite.
     noise_std
-        Standard deviation of the noise in the measurement's units; a positive scalar, or a tensor that broadcasts to out_shape
-        (a diagonal covariance). For complex data, of each of the real and the imaginary part.
+        Standard deviation of the noise in the measurement's units; a positive scalar, or a tensor that broadcasts to
+        out_shape (a diagonal covariance). For complex data, of each of the real and the imaginary part.
 
     Raises
     ------
@@ -43,12 +43,17 @@ class Gaussian(Likelihood):
         super().__init__()
         std = torch.as_tensor(noise_std, dtype=torch.float64)
         if not bool((std > 0).all()) or not bool(torch.isfinite(std).all()):
-            raise InputError(f"noise_std must be positive and finite, got {noise_std}. For noiseless data give a small value, e.g. 1e-3.")
+            raise InputError(
+                f"noise_std must be positive and finite, got {noise_std}. "
+                "For noiseless data give a small value, e.g. 1e-3."
+            )
         if std.ndim:
             try:
                 torch.broadcast_to(std, operator.out_shape)
             except RuntimeError as error:
-                raise ShapeError(f"noise_std of shape {tuple(std.shape)} does not broadcast to the measurement {operator.out_shape}.") from error
+                raise ShapeError(
+                    f"noise_std of shape {tuple(std.shape)} does not broadcast to the measurement {operator.out_shape}."
+                ) from error
         self.operator, self.in_shape = operator, operator.in_shape
         self.register_buffer("measurement", as_measurements(measurement, operator))
         self.register_buffer("noise_std", std)
@@ -67,7 +72,9 @@ class Gaussian(Likelihood):
         return self.noise_std.to(like.real.dtype if like.is_complex() else like.dtype)
 
     def _whitened(self, x: Tensor) -> Tensor:
-        r = self.measurement.to(x.dtype if not self.measurement.is_complex() else self.measurement.dtype) - self.operator(x)
+        r = self.measurement.to(
+            x.dtype if not self.measurement.is_complex() else self.measurement.dtype
+        ) - self.operator(x)
         return r / self._std(r)
 
     def deviance(self, x: Tensor) -> Float[Tensor, " n"]:
@@ -92,8 +99,12 @@ class Gaussian(Likelihood):
         return -0.5 * flat_sum(w.abs() ** 2) + self.log_normaliser(), self.operator.adjoint(w / self._std(w))
 
     def rows(self, index: Tensor) -> "Gaussian":
-        """The likelihood whose row i holds measurement ``index[i]``."""
-        return self if self.problems == 1 else Gaussian._unchecked(self.operator, pick(self.measurement, index), self.noise_std)
+        """Return the likelihood whose row i holds measurement ``index[i]``."""
+        return (
+            self
+            if self.problems == 1
+            else Gaussian._unchecked(self.operator, pick(self.measurement, index), self.noise_std)
+        )
 
     @classmethod
     def _unchecked(cls, operator: Operator, measurement: Tensor, noise_std: Tensor) -> "Gaussian":
@@ -110,5 +121,7 @@ class Gaussian(Likelihood):
         """One likelihood with the measurements of all parts."""
         operator = shared_operator([p.operator for p in parts])
         if any(not torch.equal(p.noise_std, parts[0].noise_std) for p in parts[1:]):
-            raise InputError("Problems that run together share one noise level; these have different ones. Solve them one by one.")
+            raise InputError(
+                "Problems that run together share one noise level; these have different ones. Solve them one by one."
+            )
         return cls(operator, torch.cat([p.measurement for p in parts]), parts[0].noise_std)

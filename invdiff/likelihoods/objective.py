@@ -12,7 +12,7 @@ from invdiff.likelihoods.base import Likelihood
 
 @final
 class Objective(Likelihood):
-    """A control objective as a likelihood, ``exp(-J(x) / temperature)``: control as inference (Levine 2018, arXiv 1805.00909).
+    """A control objective as a likelihood, ``exp(-J(x) / temperature)`` (Levine 2018, arXiv 1805.00909).
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Objective(Likelihood):
 
     @classmethod
     def stack(cls, parts: Sequence["Objective"]) -> "Objective":
-        """The one objective, if it is one."""
+        """Return the one objective, if it is one."""
         if any(p is not parts[0] for p in parts[1:]):
             raise CapabilityError("Several objectives cannot run together; solve them one by one.")
         return parts[0]

@@ -34,11 +34,16 @@ class Poisson(Likelihood):
 
     def __init__(self, operator: Operator, measurement: Tensor, gain: float, background: float = 1e-3) -> None:
         super().__init__()
-        if not gain > 0 or background < 0:
+        if not gain > 0 or not background >= 0:
             raise InputError(f"Poisson needs gain > 0 and background >= 0, got {gain} and {background}.")
         if bool((measurement < 0).any()):
             raise InputError("Poisson counts are non-negative; the measurement holds negative values.")
-        self.operator, self.in_shape, self.gain, self.background = operator, operator.in_shape, float(gain), float(background)
+        self.operator, self.in_shape, self.gain, self.background = (
+            operator,
+            operator.in_shape,
+            float(gain),
+            float(background),
+        )
         self.register_buffer("measurement", as_measurements(measurement, operator))
 
     @property
@@ -59,16 +64,27 @@ class Poisson(Likelihood):
     def deviance(self, x: Tensor) -> Float[Tensor, " n"]:
         """Poisson deviance."""
         y, rate = self.measurement.to(x.dtype), self.gain * self.operator(x).clamp_min(0) + self.background
-        return 2.0 * flat_sum(torch.xlogy(y, y / rate) - (y - rate))
+        return 2.0 * flat_sum(torch.xlogy(y, y) - torch.xlogy(y, rate) - (y - rate))
 
     def rows(self, index: Tensor) -> "Poisson":
-        """The likelihood whose row i holds measurement ``index[i]``."""
-        return self if self.problems == 1 else Poisson(self.operator, pick(self.measurement, index), self.gain, self.background)
+        """Return the likelihood whose row i holds measurement ``index[i]``."""
+        return (
+            self
+            if self.problems == 1
+            else Poisson(self.operator, pick(self.measurement, index), self.gain, self.background)
+        )
 
     @classmethod
     def stack(cls, parts: Sequence["Poisson"]) -> "Poisson":
         """One likelihood with the measurements of all parts."""
         first = parts[0]
         if any((p.gain, p.background) != (first.gain, first.background) for p in parts[1:]):
-            raise InputError("Problems that run together share gain and background; these differ. Solve them one by one.")
-        return cls(shared_operator([p.operator for p in parts]), torch.cat([p.measurement for p in parts]), first.gain, first.background)
+            raise InputError(
+                "Problems that run together share gain and background; these differ. Solve them one by one."
+            )
+        return cls(
+            shared_operator([p.operator for p in parts]),
+            torch.cat([p.measurement for p in parts]),
+            first.gain,
+            first.background,
+        )

@@ -16,9 +16,9 @@ from invdiff.errors import ShapeError
 class SVD:
     r"""A fast diagonalisation A = U S V^H.
 
-    `v_adjoint` maps a batch of inputs to coefficients and `u_adjoint` a batch of outputs to the same coefficients; both are
-    co-isometries on the space where ``singular_values`` is not zero. Coefficients may be complex (Fourier), or more than there
-    are real degrees of freedom; functions of A^T A and A A^T act through them exactly:
+    `v_adjoint` maps a batch of inputs to coefficients and `u_adjoint` a batch of outputs to the same coefficients; both
+    are co-isometries on the space where ``singular_values`` is not zero. Coefficients may be complex (Fourier), or more
+    than there are real degrees of freedom; functions of A^T A and A A^T act through them exactly:
     ``f(A^T A) x = V f(S^2) V^H x`` needs ``V V^H = 1``, ``f(A A^T) y = U f(S^2) U^H y`` needs ``U U^H = 1``.
 
     Parameters
@@ -39,7 +39,13 @@ class SVD:
         """SVD of ``factor * A`` for a factor that is not zero."""
         sign = 1.0 if factor > 0 else -1.0
         u, u_adjoint = self.u, self.u_adjoint
-        return SVD(self.singular_values * abs(factor), lambda c: sign * u(c), lambda y: sign * u_adjoint(y), self.v, self.v_adjoint)
+        return SVD(
+            self.singular_values * abs(factor),
+            lambda c: sign * u(c),
+            lambda y: sign * u_adjoint(y),
+            self.v,
+            self.v_adjoint,
+        )
 
     def gram(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """f(A^T A) x for f acting on the squared singular values."""
@@ -74,9 +80,11 @@ class Operator(nn.Module, ABC):
         """Apply A: (n, *in_shape) -> (n, *out_shape)."""
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply A after a check of the shape."""
         if tuple(x.shape[1:]) != self.in_shape:
             raise ShapeError(
-                f"{type(self).__name__} takes inputs of shape (n, {', '.join(map(str, self.in_shape))}), got {tuple(x.shape)}."
+                f"{type(self).__name__} takes inputs of shape (n, {', '.join(map(str, self.in_shape))}), "
+                f"got {tuple(x.shape)}."
             )
         return cast(Tensor, super().__call__(x, *args, **kwargs))
 
@@ -118,7 +126,7 @@ class LinearOperator(Operator):
                 previous, value = value, float(x.norm())
                 if abs(value - previous) <= 1e-6 * value:
                     break
-        return value**0.5
+        return float(value**0.5)
 
     def prox(self, x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
         r"""Proximal step of the data term: ``argmin_z weight / 2 |A z - y|^2 + 1 / 2 |z - x|^2``.
@@ -138,7 +146,9 @@ class LinearOperator(Operator):
         w = w.reshape(-1, *[1] * len(self.in_shape)) if w.ndim else w
         b = x + w * self.adjoint(y)
         if self.svd is not None:
-            return self.svd.gram(lambda s2: 1.0 / (1.0 + w.reshape(w.shape[:1] + (1,) * s2.ndim if w.ndim else ()) * s2), b)
+            return self.svd.gram(
+                lambda s2: 1.0 / (1.0 + w.reshape(w.shape[:1] + (1,) * s2.ndim if w.ndim else ()) * s2), b
+            )
         return conjugate_gradient(lambda z: z + w * self.adjoint(self.forward(z)), b, start=x)
 
 
@@ -146,11 +156,19 @@ def fingerprint(module: nn.Module) -> str:
     """Hash of a module's class, plain settings and tensors: equal for equal operators and likelihoods."""
     digest = hashlib.sha256(type(module).__qualname__.encode())
     for name, value in sorted(vars(module).items()):
-        if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple, type(None))) and name != "training":
+        if (
+            not name.startswith("_")
+            and isinstance(value, (bool, int, float, str, tuple, type(None)))
+            and name != "training"
+        ):
             digest.update(f"{name}={value!r};".encode())
     for name, tensor in sorted([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor.item()).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.ndim
+            else repr(tensor.item()).encode()
+        )
     for name, child in sorted(module.named_children()):
         digest.update(f"{name}({fingerprint(child)})".encode())
     return digest.hexdigest()

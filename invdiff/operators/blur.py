@@ -178,8 +178,8 @@ class Blur(LinearOperator):
         if self.boundary != "circular":
             return super().prox(x, y, weight)
         h = self._spectrum(x.dtype)
-        w = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
-        w = w.reshape(-1, 1, 1, 1) if w.ndim else w
+        # A number stays one: as a tensor it would have to be copied to the device, which waits for all work there.
+        w = weight.to(x).reshape(-1, 1, 1, 1) if isinstance(weight, Tensor) else float(weight)
         z = torch.fft.rfft2(x) + w * h.conj() * torch.fft.rfft2(y)
         solution: Tensor = torch.fft.irfft2(z / (1.0 + w * h.abs() ** 2), s=x.shape[-2:])
         return solution

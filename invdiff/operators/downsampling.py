@@ -6,7 +6,7 @@ imresize and torch's ``interpolate(antialias=True)`` do; they differ at the bord
 
 - "truncate": samples outside do not exist and the row is normalised over the inside ones (Pillow, torch);
 - "symmetric": samples outside mirror the inside ones, the edge sample repeated (MATLAB; the resizer used by DPS and
-DAPS).
+  DAPS).
 """
 
 from typing import Literal, final, get_args

@@ -45,9 +45,12 @@ def conjugate_gradient(
             break
         mp = matvec(p)
         # A row that has converged stands still, so that its result does not depend on its neighbours in the batch.
-        alpha = torch.where(live, rr / dot(p, mp).clamp_min(tiny), torch.zeros_like(rr))
+        curvature = dot(p, mp)
+        # Nor does one whose matrix turns out not to be positive, as a trained denoiser's Jacobian may not be.
+        live = live & (curvature > 0)
+        alpha = torch.where(live, rr / curvature.clamp_min(tiny), torch.zeros_like(rr))
         x, r = x + alpha * p, r - alpha * mp
         new = dot(r, r)
         beta = torch.where(live, new / rr.clamp_min(tiny), torch.zeros_like(rr))
-        p, rr = torch.where(live, r + beta * p, p), torch.where(live, new, rr)
+        p, rr = torch.where(live, r + beta * p, p), torch.where(live, new, torch.zeros_like(rr))
     return x

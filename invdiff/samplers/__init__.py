@@ -1,9 +1,22 @@
 """Posterior samplers, one a file."""
 
 from invdiff.driver import Sampler
+from invdiff.samplers.annealing import Levels
 from invdiff.samplers.daps import DAPS, ExactInner, Langevin
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 
-__all__ = ["DAPS", "DPS", "ExactInner", "ImportanceSampling", "Isotropic", "Jacobian", "Langevin", "PiGDM", "Sampler", "Spectral"]
+__all__ = [
+    "DAPS",
+    "DPS",
+    "ExactInner",
+    "ImportanceSampling",
+    "Isotropic",
+    "Jacobian",
+    "Langevin",
+    "Levels",
+    "PiGDM",
+    "Sampler",
+    "Spectral",
+]

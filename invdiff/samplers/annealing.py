@@ -34,12 +34,13 @@ class Levels:
     rho: float = 7.0
 
     def of(self, posterior: Posterior, steps: int) -> tuple[float, ...]:
-        """``steps + 1`` levels, the last of which is 0."""
+        """Return ``steps + 1`` levels, the last of which is 0."""
         low = posterior.sigma_min if self.sigma_min is None else self.sigma_min
         high = posterior.sigma_max if self.sigma_max is None else self.sigma_max
         if not posterior.sigma_min <= low < high <= posterior.sigma_max:
             raise InputError(
-                f"Noise levels from {high:g} to {low:g} do not lie within the prior's, {posterior.sigma_max:g} to {posterior.sigma_min:g}."
+                f"Noise levels from {high:g} to {low:g} do not lie within the prior's, "
+                f"{posterior.sigma_max:g} to {posterior.sigma_min:g}."
             )
         return karras_levels(steps, low, high, self.rho)
 

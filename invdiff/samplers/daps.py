@@ -6,18 +6,23 @@ At each level sigma of a falling ladder:
     2. x_0 ~ N(x_0; x^, r^2) p(y | x_0), r = sigma, by Langevin steps (or exactly, for linear-Gaussian problems)
     3. z at the next level = x_0 + sigma' eps
 
-Departures: the published code sharpens the likelihood 50-fold (tau = 0.01 with |y - A x|^2 / tau^2 for noise 0.05); here p(y | x_0) is the true
-likelihood. The Langevin step is e = rate / (1 / r^2 + ||A||^2 / noise_std^2) at each level, stable for every rate < 2, in place of a
-learning rate tuned by task. The last level's x_0 is the draw.
+Departures: the published code sharpens the likelihood 50-fold (tau = 0.01 with |y - A x|^2 / tau^2 for noise 0.05);
+here p(y | x_0) is the true likelihood. The Langevin step is e = rate / (1 / r^2 + ||A||^2 / noise_std^2) at each level,
+stable for every rate < 2, in place of a learning rate tuned by task. The last level's x_0 is the draw.
 
-Biased: N(x_0; x^, r^2) stands for p(x_0 | z_sigma), whose mean is not the end of the flow and whose variance is smaller than sigma^2, so the
-draws are too wide where the measurement says little. docs/exactness.md has the measured bias.
+Biased: N(x_0; x^, r^2) stands for p(x_0 | z_sigma), whose mean is not the end of the flow and whose variance is smaller
+than sigma^2, so the draws are too wide where the measurement says little. Measured on inpainting, blur and
+down-sampling of a Gaussian field (12 x 12, noise 0.05; exact draws give 1, 1 and 0.90) with Langevin and 100 levels:
+variance 1.20, 1.15 and 1.18 of the posterior's, whitened norm 1.19, 1.17 and 1.20, and 0.92, 0.92 and 0.93 of the mass
+in 90 % intervals; with ExactInner and 100 levels 1.11, 1.08 and 1.09, 1.10, 1.08 and 1.09, and 0.91, 0.91 and 0.92
+(docs/exactness.json).
 
 Cost: ``ode_steps`` forward passes a level, none backward; ``Langevin.steps`` likelihood gradients a level.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import sqrt
 from typing import ClassVar, final
 
@@ -52,7 +57,8 @@ class Langevin(Inner):
     steps
         Steps a level.
     rate
-        Step size in units of the inverse of the largest curvature, in (0, 2); the bias of a step is about rate / 4 in relative variance.
+        Step size in units of the inverse of the largest curvature, in (0, 2); the bias of a step is about rate / 4 in
+        relative variance.
     slope
         Bound on the norm of the operator's derivative dA/dz, latent units, for problems that are not linear.
     """
@@ -72,7 +78,9 @@ class Langevin(Inner):
         slope, std = self.slope, posterior.noise_std
         if slope is None:
             if posterior.linear is None:
-                raise CapabilityError("Langevin needs slope, a bound on the norm of dA/dz, for a problem that is not linear.")
+                raise CapabilityError(
+                    "Langevin needs slope, a bound on the norm of dA/dz, for a problem that is not linear."
+                )
             slope, std = posterior.linear.operator.norm(), float(posterior.linear.noise_std.min())
         step = self.rate / (1.0 / r**2 + (slope / (std or 1.0)) ** 2)
         x = center
@@ -125,8 +133,10 @@ class DAPS(Sampler):
     levels: Levels = field(default_factory=Levels)
 
     citation: ClassVar[str] = (
-        "@inproceedings{zhang2025daps, title={Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing}, "
-        "author={Zhang, Bingliang and Chu, Wenda and Berner, Julius and Meng, Chenlin and Anandkumar, Anima and Song, Yang}, "
+        "@inproceedings{zhang2025daps, "
+        "title={Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing}, "
+        "author={Zhang, Bingliang and Chu, Wenda and Berner, Julius and Meng, Chenlin and Anandkumar, Anima and "
+        "Song, Yang}, "
         "booktitle={CVPR}, year={2025}}"
     )
 
@@ -134,9 +144,16 @@ class DAPS(Sampler):
         check_steps(self.steps)
         check_steps(self.ode_steps)
 
+    @property
+    def exact(self) -> bool:
+        """No."""
+        return False
+
     def requires(self) -> frozenset[str]:
-        """A denoiser, and what the inner draw needs of the likelihood."""
-        return self.inner.requires | {"denoiser"}
+        """Return a denoiser, and what the inner draw needs of the likelihood."""
+        known = not isinstance(self.inner, Langevin) or self.inner.slope is not None
+        # Without its slope Langevin takes ||A||, which only a linear problem has.
+        return self.inner.requires | {"denoiser"} | (frozenset() if known else {"linear"})
 
     def cost(self) -> Cost:
         """``ode_steps`` forward passes a level."""
@@ -151,9 +168,11 @@ class DAPS(Sampler):
         """One level: flow to 0, draw x_0, noise again."""
         levels = self.levels.of(posterior, self.steps)
         sigma, sigma_next = levels[state.step], levels[state.step + 1]
-        flow = karras_levels(self.ode_steps, posterior.sigma_min, sigma) if sigma > posterior.sigma_min else (sigma, 0.0)
+        flow = (
+            karras_levels(self.ode_steps, posterior.sigma_min, sigma) if sigma > posterior.sigma_min else (sigma, 0.0)
+        )
         x, euler = state.z, Euler()
-        for a, b in zip(flow[:-1], flow[1:], strict=True):
+        for a, b in pairwise(flow):
             x, _ = euler.step(posterior.denoise, x, a, b)
         x = self.inner.draw(posterior, x, sigma, noise)
         misfit = posterior.misfit(x)
@@ -169,5 +188,5 @@ class DAPS(Sampler):
         return state.step / self.steps
 
     def finish(self, posterior: Posterior, state: State, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
-        """The last level's x_0."""
+        """Return the last level's x_0."""
         return Draws(z=state.z)

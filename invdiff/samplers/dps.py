@@ -4,14 +4,19 @@ An unconditional step, then a step down the norm of the residual of the denoised
 
     z' = step(z, D(z))  -  zeta a(sigma) ||y - A(D(z))|| gradient in z,   a(sigma) = sqrt((1 + sigma^2) (1 + sigma'^2))
 
-The paper works in variance-preserving coordinates x = z / sqrt(1 + sigma^2) and subtracts zeta times the gradient of the norm
-there; a(sigma) is what that becomes in z. The factor ``reference_steps / steps`` keeps the guidance that a whole run adds the same
-as in the paper's 1000 steps. Here the norm is taken in the measurement's own units (pictures in [0, 1]), the paper's in [-1, 1].
+The paper works in variance-preserving coordinates x = z / sqrt(1 + sigma^2) and subtracts zeta times the gradient of
+the norm there; a(sigma) is what that becomes in z. The factor ``reference_steps / steps`` keeps the guidance that a
+whole run adds the same as in the paper's 1000 steps. Here the norm is taken in the measurement's own units (pictures in
+[0, 1]), the paper's in [-1, 1].
 
-Departures: the step to sigma = 0 is unguided. For likelihoods other than Gaussian the norm is the square root of the deviance.
+Departures: the step to sigma = 0 is unguided. For likelihoods other than Gaussian the norm is the square root of the
+deviance.
 
-Biased, in no limit exact: the guidance is not the gradient of a log-likelihood, so the spread of the draws follows from zeta and not
-from the noise. `BIAS` below is filled from docs/exactness.json.
+Biased, in no limit exact: the guidance is not the gradient of a log-likelihood, so the spread of the draws follows from
+zeta and not from the noise. Measured on inpainting, blur and down-sampling of a Gaussian field (12 x 12, noise 0.05;
+exact draws give 1, 1 and 0.90) at 1000 steps: with scale 0.1, variance 0.40, 0.48 and 0.69 of the posterior's, whitened
+norm 0.53, 1.29 and 0.80, and 0.51, 0.59 and 0.81 of the mass in 90 % intervals; with scale 1, variance 1.24, 0.36 and
+0.73, whitened norm 1.29, 20.6 and 0.84, and mass 0.62, 0.16 and 0.82 (docs/exactness.json).
 
 Cost: one forward and one backward pass a step.
 """
@@ -63,6 +68,11 @@ class DPS(Sampler):
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
+    @property
+    def exact(self) -> bool:
+        """No."""
+        return False
+
     def requires(self) -> frozenset[str]:
         """Denoiser with gradient, and a likelihood with gradient."""
         return frozenset({"denoiser", "denoiser_vjp", "likelihood_gradient"})
@@ -109,5 +119,5 @@ class DPS(Sampler):
         return state.step / self.steps
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
-        """The particles at sigma = 0."""
+        """Return the particles at sigma = 0."""
         return Draws(z=state.z)

@@ -1,20 +1,24 @@
-r"""Pseudo-inverse guidance with moment matching, PiGDM (Song et al. 2023; Boys et al. 2023, arXiv 2310.06721; Rozet et al. 2024, arXiv 2405.13712).
+r"""Pseudo-inverse guidance with moment matching, PiGDM.
 
-For y = A z + n with n ~ N(0, R), the law of z_0 given z_sigma is approximated by a Gaussian N(D, C) with the denoiser's mean and a
-covariance C(z, sigma). The denoiser given the measurement is then the Gaussian's conditional mean
+Song et al. 2023; Boys et al. 2023, arXiv 2310.06721; Rozet et al. 2024, arXiv 2405.13712.
+
+For y = A z + n with n ~ N(0, R), the law of z_0 given z_sigma is approximated by a Gaussian N(D, C) with the denoiser's
+mean and a covariance C(z, sigma). The denoiser given the measurement is then the Gaussian's conditional mean
 
     D_y(z, sigma) = D + C A^T (R + A C A^T)^{-1} (y - A D)
 
-and any reverse-time integrator that walks down with D_y in place of D draws from the posterior. C is what tells the variants apart:
-`Jacobian` (C = sigma^2 dD/dz, Tweedie's second moment: moment matching; vector-Jacobian products inside conjugate gradients), `Spectral` (C from
-the prior's stored error table: the same for a Gaussian field, and free of network gradients elsewhere) and `Isotropic` (C A^T replaced by
-sigma^2 (dD/dz)^T A^T and A C A^T by r^2 A A^T with r^2 = sigma^2 s^2 / (sigma^2 + s^2): the published PiGDM).
+and any reverse-time integrator that walks down with D_y in place of D draws from the posterior. C is what tells the
+variants apart: `Jacobian` (C = sigma^2 dD/dz, Tweedie's second moment: moment matching; vector-Jacobian products inside
+conjugate gradients), `Spectral` (C from the prior's stored error table: the same for a Gaussian field, and free of
+network gradients elsewhere) and `Isotropic` (C A^T replaced by sigma^2 (dD/dz)^T A^T and A C A^T by r^2 A A^T with r^2
+= sigma^2 s^2 / (sigma^2 + s^2): the published PiGDM).
 
-Exact for Gaussian priors with `Jacobian` or `Spectral`, in the limit of many steps, sigma_min -> 0 and converged conjugate gradients;
-for other priors the law of z_0 given z_sigma is not Gaussian and the draws are biased by that alone.
+Exact for Gaussian priors with `Jacobian` or `Spectral`, in the limit of many steps, sigma_min -> 0 and converged
+conjugate gradients; for other priors the law of z_0 given z_sigma is not Gaussian and the draws are biased by that
+alone.
 
-Cost: one forward pass a step with `Spectral` (two with Heun), and one backward pass more with `Isotropic`, or one backward pass for each
-iteration of the conjugate gradients plus one with `Jacobian`.
+Cost: one forward pass a step with `Spectral` (two with Heun), and one backward pass more with `Isotropic`, or one
+backward pass for each iteration of the conjugate gradients plus one with `Jacobian`.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from invdiff.draws import Draws
 from invdiff.driver import Cost, Info, Sampler
-from invdiff.errors import CapabilityError, InputError
+from invdiff.errors import CapabilityError
 from invdiff.integrators import DPMSolver2M, Integrator
 from invdiff.noise import Noise
 from invdiff.posterior import Block, Posterior
@@ -37,6 +41,8 @@ class Covariance(ABC):
     """How the covariance of z_0 given z_sigma is modelled; subclasses are final frozen dataclasses."""
 
     requires: ClassVar[frozenset[str]]
+    exact: ClassVar[bool] = True
+    """Whether it is the true covariance where the prior is Gaussian."""
 
     @abstractmethod
     def backward(self) -> int:
@@ -134,6 +140,7 @@ class Isotropic(Covariance):
     """
 
     prior_std: float = 1.0
+    exact: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "denoiser_vjp", "linear"})
 
     def backward(self) -> int:
@@ -174,20 +181,25 @@ class PiGDM(Sampler):
     integrator: Integrator = field(default_factory=DPMSolver2M)
     levels: Levels = field(default_factory=Levels)
 
-    exact: ClassVar[bool] = True
     citation: ClassVar[str] = (
         "@inproceedings{song2023pigdm, title={Pseudoinverse-Guided Diffusion Models for Inverse Problems}, "
         "author={Song, Jiaming and Vahdat, Arash and Mardani, Morteza and Kautz, Jan}, booktitle={ICLR}, year={2023}}\n"
         "@article{boys2023tmpd, title={Tweedie Moment Projected Diffusions for Inverse Problems}, "
-        "author={Boys, Benjamin and Girolami, Mark and Pidstrigach, Jakiw and Reich, Sebastian and Mosca, Alan and Akyildiz, O. Deniz}, "
+        "author={Boys, Benjamin and Girolami, Mark and Pidstrigach, Jakiw and Reich, Sebastian and Mosca, Alan and "
+        "Akyildiz, O. Deniz}, "
         "journal={arXiv:2310.06721}, year={2023}}"
     )
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
+    @property
+    def exact(self) -> bool:
+        """For Gaussian priors, where the covariance is the true one."""
+        return self.covariance.exact
+
     def requires(self) -> frozenset[str]:
-        """A linear-Gaussian problem, and what the covariance needs of the prior."""
+        """Return a linear-Gaussian problem, and what the covariance needs of the prior."""
         return self.covariance.requires
 
     def cost(self) -> Cost:
@@ -230,5 +242,5 @@ class PiGDM(Sampler):
         return state.step / self.steps
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
-        """The particles at sigma = 0."""
+        """Return the particles at sigma = 0."""
         return Draws(z=state.z)

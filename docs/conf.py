@@ -1,0 +1,91 @@
+"""Sphinx configuration: `sphinx-build -W -b html docs docs/_build`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import invdiff
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+project = "invdiff"
+author = "The invdiff authors"
+copyright = author
+version = release = invdiff.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "numpydoc",
+    "myst_parser",
+]
+exclude_patterns = ["_build", "generated", "exactness_table.md"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+default_role = "autolink"  # single backticks link where the name can be found, and are plain where not
+
+autosummary_generate = False
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+numpydoc_show_class_members = False
+python_use_unqualified_type_names = True
+
+# No inventories of other projects are fetched, so that the pages build without a network; their names stay plain.
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),  # single backticks in docstrings
+    ("py:class", r"[A-Z]\w*"),  # forward references to names imported for type checkers only
+    ("py:.*", r"(torch|numpy|np|xarray|xr|matplotlib|jaxtyping|pathlib|collections|typing|abc|nn|functools)(\..*)?"),
+    (
+        "py:.*",
+        r"(Tensor|Module|Path|FilePath|Figure|Any|Self|Callable|Sequence|Mapping|Iterable|Literal|optional|.*\[.*)",
+    ),
+]
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"invdiff {release}"
+html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
+html_theme_options = {"show_prev_next": False, "navigation_with_keys": False, "use_edit_page_button": False}
+html_sidebars = {"index": []}
+html_show_sourcelink = False
+
+
+def write_includes() -> None:
+    """Collect the measured table and the model cards in docs/generated, or a line that says that there is none."""
+    generated = HERE / "generated"
+    generated.mkdir(exist_ok=True)
+    table = HERE / "exactness_table.md"
+    none = "The table has not been measured in this checkout: run `python -m invdiff.bench.exactness`.\n"
+    (generated / "exactness_table.md").write_text(table.read_text("utf-8") if table.is_file() else none, "utf-8")
+    cards = [path.read_text("utf-8") for path in sorted((ROOT / "priors").glob("*/README.md"))]
+    text = "\n\n".join(re.sub(r"^#", "##", card, flags=re.MULTILINE) for card in cards)
+    (generated / "model_cards.md").write_text(text or "This checkout holds no trained prior.\n", "utf-8")
+
+
+def plain_text_mathematics(_app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Take stars and bars in docstrings as text, and indented formulas of modules as literal blocks."""
+    out: list[str] = []
+    literal = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if what == "module" and indented and not literal and (not out or not out[-1].strip()):
+            out += ["::", ""]
+            literal = True
+        elif line.strip() and not indented:
+            literal = False
+        if not literal:
+            parts = re.split(r"(``[^`]*``|:[a-z]+:`[^`]*`|`[^`]*`)", line)
+            parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", part) for part in parts[::2]]
+            line = "".join(parts)
+        out.append(line)
+    lines[:] = out
+
+
+def setup(app: Any) -> None:
+    """Write the included pages, and read docstrings before numpydoc does."""
+    write_includes()
+    app.connect("autodoc-process-docstring", plain_text_mathematics, priority=400)

@@ -1,0 +1,258 @@
+"""The fields of the catalogue's cards, and what they may hold; this is where pydantic loads."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from invdiff.errors import CatalogueError, InputError
+
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class _Card(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GaussianKernel(_Card):
+    """A Gaussian point-spread function; std in pixels."""
+
+    type: Literal["gaussian"]
+    size: Count
+    std: Positive
+
+
+class MotionKernel(_Card):
+    """A camera-shake path; without a seed it follows the index, modulo `seeds`."""
+
+    type: Literal["motion"]
+    size: Count
+    intensity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    seed: Index | None = None
+    seeds: Count = 8
+
+
+class FileKernel(_Card):
+    """A picture of the point-spread function, normalised to sum 1."""
+
+    type: Literal["file"]
+    path: str
+
+
+class RandomMask(_Card):
+    """Pixels observed at random; without a seed it follows the index, modulo `seeds`."""
+
+    type: Literal["random"]
+    observed: Annotated[float, Field(gt=0.0, le=1.0)]
+    seed: Index | None = None
+    seeds: Count = 8
+
+
+class BoxMask(_Card):
+    """A missing box, its side a share of the picture's shorter side, placed by a seed; in the centre with `centred`."""
+
+    type: Literal["box"]
+    side: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    centred: bool = False
+    seed: Index | None = None
+    seeds: Count = 8
+
+
+class FileMask(_Card):
+    """A picture of the mask, white where observed."""
+
+    type: Literal["file"]
+    path: str
+
+
+class BlurCard(_Card):
+    """Convolution."""
+
+    type: Literal["Blur"]
+    kernel: Annotated[GaussianKernel | MotionKernel | FileKernel, Field(discriminator="type")]
+    boundary: Literal["circular", "reflect", "zero", "valid"] = "reflect"
+
+
+class InpaintingCard(_Card):
+    """Missing pixels."""
+
+    type: Literal["Inpainting"]
+    mask: Annotated[RandomMask | BoxMask | FileMask, Field(discriminator="type")]
+
+
+class DownsamplingCard(_Card):
+    """Anti-aliased bicubic down-sampling."""
+
+    type: Literal["Downsampling"]
+    factor: Annotated[int, Field(ge=2)]
+
+
+OperatorCard = Annotated[BlurCard | InpaintingCard | DownsamplingCard, Field(discriminator="type")]
+
+
+class GaussianNoise(_Card):
+    """Gaussian noise; std in the measurement's units, for pictures in [0, 1]."""
+
+    type: Literal["gaussian"] = "gaussian"
+    std: Positive
+
+
+class ProblemData(_Card):
+    """Which pictures, and how large."""
+
+    set: str
+    side: Count
+
+
+class ProblemCard(_Card):
+    """A benchmark problem."""
+
+    name: str
+    version: int
+    title: str
+    description: str
+    operator: OperatorCard
+    noise: GaussianNoise
+    data: ProblemData
+    metrics: tuple[str, ...] = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage_90", "spread_skill")
+
+
+class DataFile(_Card):
+    """A file of a data set."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    count: Count | None = None
+    url: str | None = None
+
+
+class DataEntry(_Card):
+    """A picture inside an installed package: its file, and the square (left, top, side) that is taken."""
+
+    file: str
+    box: tuple[Index, Index, Count]
+
+
+class DataCard(_Card):
+    """A data set: where it comes from, and how it is read."""
+
+    name: str
+    version: int
+    title: str
+    source: str
+    licence: str
+    attribution: str = ""
+    reader: Literal["skimage", "tiles", "folder"]
+    files: tuple[DataFile, ...] = ()
+    entries: tuple[DataEntry, ...] = ()
+    side: Count | None = None
+    columns: Count | None = None
+    splits: Mapping[str, tuple[Index, Index]] = Field(default_factory=dict)
+
+
+class PriorCard(_Card):
+    """A trained prior, for `invdiff show`."""
+
+    name: str
+    version: str
+    family: str
+    description: str
+    licence: str
+    shape: tuple[int, ...]
+    sigma_min: Positive
+    sigma_max: Positive
+    sigma_data: Positive
+    dtype: str
+    network: Mapping[str, Any]
+    decoder: Mapping[str, float]
+    weights: Mapping[str, str]
+    training: Mapping[str, Any]
+
+
+Card = ProblemCard | DataCard | PriorCard
+MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard, "priors": PriorCard}
+
+
+_TAGS = {"Blur", "Inpainting", "Downsampling", "gaussian", "motion", "file", "random", "box"}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for e in error.errors():
+        # The tags of union members stand in the location; they are no fields.
+        field = ".".join(str(p) for p in e["loc"] if p not in _TAGS)
+        what = "is not a field of this card" if e["type"] == "extra_forbidden" else e["msg"][:1].lower() + e["msg"][1:]
+        given = "" if e["type"] in ("missing", "extra_forbidden") else f", got {e['input']!r}"
+        lines.append(f"{field or 'the card'}: {what}{given}")
+    return "; ".join(lines)
+
+
+def validate(values: Mapping[str, Any], kind: str, where: str) -> Card:
+    """A card from plain values; `where` names their origin in errors.
+
+    Raises
+    ------
+    InputError
+        If a field is missing, mistyped or unknown: the origin and the field are named.
+    """
+    if kind not in MODELS:
+        raise CatalogueError.unknown("kind of card", kind, MODELS)
+    try:
+        return MODELS[kind].model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error)}.") from None
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Plain values of a TOML file.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or is no TOML; the line is named.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read the card {path}: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"The card {path} is no TOML: {error}.") from error
+
+
+def read_card(path: Path, kind: str) -> Card:
+    """Read and check a card of a kind: "problems", "priors" or "data"."""
+    return validate(read_values(path), kind, str(path))
+
+
+def override(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a card with some replaced by dotted name, e.g. ``{"noise.std": 0.1}``.
+
+    A kernel or mask may be given as a file's path: ``{"operator.kernel": "kernel.png"}``.
+
+    Raises
+    ------
+    InputError
+        If a name leads through something that is no table.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        table = result
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise InputError(f"{name}: {part} is a value, not a table of settings.")
+        is_file = last in ("kernel", "mask") and isinstance(value, str)
+        table[last] = {"type": "file", "path": value} if is_file else value
+    return result
+
+
+def card_hash(card: BaseModel) -> str:
+    """Hash of a card's content."""
+    return hashlib.sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

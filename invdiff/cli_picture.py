@@ -1,0 +1,205 @@
+"""A user's picture as a problem: simulated from it, or with it as the measurement; and the grid that a prior can serve."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from invdiff import likelihoods
+from invdiff.errors import InputError, ShapeError
+from invdiff.event import image_event
+from invdiff.images import read_image, resize_image
+from invdiff.likelihoods import Gaussian
+from invdiff.operators.base import LinearOperator
+from invdiff.operators.crop import Crop
+from invdiff.operators.from_card import operator_from_card, seed_of
+from invdiff.operators.inpainting import Inpainting
+from invdiff.problem import Problem, problem_from_card, read_problem_card
+from invdiff.solution import Solution
+
+if TYPE_CHECKING:
+    from invdiff.card_models import ProblemCard
+    from invdiff.cli_solve import Request
+    from invdiff.priors import NetworkPrior
+
+Lines = list[tuple[str, str]]
+
+
+def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[Problem, Lines]:
+    """The problem that the command line asked for, and what to tell about it.
+
+    Raises
+    ------
+    InvdiffError
+        If the card, the picture or the operator's parameters are not what they should be.
+    """
+    if request.noise is not None and "std" in noise:
+        raise InputError("--noise and --set noise.std say the same thing; give one of them.")
+    settings = {f"operator.{k}": v for k, v in operator.items()} | {f"noise.{k}": v for k, v in noise.items()}
+    if request.noise is not None:
+        settings["noise.std"] = request.noise
+    card = read_problem_card(request.problem, settings)
+    if request.image is None:
+        if request.resize is not None:
+            raise InputError("--resize is for a picture of your own; give one with --image.")
+        problem = problem_from_card(card, request.index, seed=request.seed)
+        return problem, [("picture", f"{card.data.set}, number {request.index}"), _told(card, problem, "simulated")]
+    file = read_image(request.image)
+    pixels, notes = file.pixels, list(file.notes)
+    if request.resize is not None:
+        if not request.simulate:
+            raise InputError(
+                "--resize would change the measurement's blur, mask or noise; shrink the picture before it is measured, or "
+                "degrade it here with --simulate."
+            )
+        if request.resize < max(pixels.shape[1:]):
+            pixels = resize_image(pixels, request.resize)
+            notes.append(f"shrunk to {_size(pixels)}")
+    if request.simulate:
+        pixels = _cut(pixels, card, notes)
+        problem = problem_from_card(card, request.index, pixels=pixels, seed=request.seed)
+    else:
+        _check_given(card, operator, noise, request)
+        problem = _measured(pixels, card, request.index)
+    told = _told(card, problem, "simulated on your picture" if request.simulate else "your picture is the measurement")
+    return problem, [("picture", f"{request.image}, {_size(pixels)}: {'; '.join(notes)}"), told]
+
+
+def _cut(pixels: Tensor, card: "ProblemCard", notes: list[str]) -> Tensor:
+    """Cut the right and lower edges so that a down-sampling factor divides the sides."""
+    if card.operator.type != "Downsampling":
+        return pixels
+    factor = card.operator.factor
+    h, w = (side // factor * factor for side in pixels.shape[1:])
+    if min(h, w) < 1:
+        raise ShapeError(f"A picture of {_size(pixels)} pixels is smaller than the factor {factor}.")
+    if (h, w) != tuple(pixels.shape[1:]):
+        notes.append(f"cut to {w} x {h}, multiples of {factor}")
+    return pixels[:, :h, :w]
+
+
+def _check_given(
+    card: "ProblemCard", operator: Mapping[str, Any], noise: Mapping[str, Any], request: "Request"
+) -> None:
+    """Without --simulate the card's example parameters are not those of the user's instrument: ask for them."""
+    part, example = {
+        "Blur": ("kernel", "--set operator.kernel=kernel.png"),
+        "Inpainting": ("mask", "--set operator.mask=mask.png"),
+        "Downsampling": ("factor", "--set operator.factor=4"),
+    }[card.operator.type]
+    missing = []
+    if not any(key.split(".")[0] == part for key in operator):
+        drawn = {"kernel": " or --set operator.kernel.seed=3", "mask": " or --set operator.mask.seed=3"}.get(part, "")
+        if card.operator.type == "Blur" and card.operator.kernel.type == "gaussian":
+            drawn = " or --set operator.kernel.std=2"
+        missing.append(f"the {part}, with {example}{drawn}")
+    if request.noise is None and "std" not in noise:
+        missing.append("the noise's standard deviation, with --noise 0.02")
+    if missing:
+        raise InputError(
+            f"Your picture is taken as the measurement, so its instrument must be known: give {' and '.join(missing)}; "
+            "or let the picture be degraded first, with --simulate."
+        )
+
+
+def _measured(pixels: Tensor, card: "ProblemCard", index: int) -> Problem:
+    """The problem whose measurement is a picture."""
+    from invdiff.card_models import card_hash
+
+    shape = _unknown_shape(pixels, card, index)
+    operator = operator_from_card(card.operator, shape, index)
+    y = operator(pixels[None])[0] if isinstance(operator, Inpainting) else pixels
+    return Problem(
+        likelihoods.Gaussian(operator, y, card.noise.std),
+        event=image_event(shape),
+        name=card.name,
+        card=card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
+    )
+
+
+def _unknown_shape(pixels: Tensor, card: "ProblemCard", index: int) -> tuple[int, int, int]:
+    """Shape of the picture whose measurement has the shape of ``pixels``."""
+    c, h, w = pixels.shape
+    if card.operator.type == "Downsampling":
+        return c, h * card.operator.factor, w * card.operator.factor
+    if card.operator.type == "Blur" and card.operator.boundary == "valid":
+        # A probe of the kernel's size: "valid" loses as many pixels from any picture that holds the kernel.
+        kernel = operator_from_card(card.operator.model_copy(update={"boundary": "circular"}), (1, 2**12, 2**12), index)
+        kh, kw = kernel.get_buffer("kernel").shape[-2:]
+        return c, h + kh - 1, w + kw - 1
+    return c, h, w
+
+
+def padded(shape: tuple[int, ...], prior: "NetworkPrior") -> tuple[int, int, int]:
+    """The smallest grid that holds a picture and that the prior's network can serve.
+
+    Raises
+    ------
+    ShapeError
+        If the prior has another number of channels.
+    """
+    if shape[0] != prior.shape[0]:
+        raise ShapeError(f"The picture has {shape[0]} channels, the prior {prior.name!r} {prior.shape[0]}.")
+    stride = int(getattr(prior.network, "stride", 1))
+    h, w = (-(-side // stride) * stride for side in shape[1:])
+    return shape[0], h, w
+
+
+def on_grid(problem: Problem, grid: tuple[int, int, int]) -> Problem:
+    """The same measurement, of a window of a larger scene: the margin is unknown, not invented, and not measured."""
+    likelihood = problem.likelihood
+    if tuple(likelihood.in_shape) == grid:
+        return problem
+    if not isinstance(likelihood, Gaussian) or not isinstance(likelihood.operator, LinearOperator):
+        raise InputError("Only linear problems with Gaussian noise can be put on a larger grid.")
+    h, w = likelihood.in_shape[1:]
+    operator = likelihood.operator @ Crop(grid, (h, w))
+    return Problem(
+        Gaussian(operator, likelihood.measurement[0], likelihood.noise_std),
+        event=image_event(grid),
+        name=problem.name,
+        card=problem.card,
+    )
+
+
+def off_grid(solution: Solution, problem: Problem) -> Solution:
+    """The solution on the problem's own grid: the window of every draw, the problem's likelihood and its truth."""
+    shape, event = tuple(problem.likelihood.in_shape), problem.event
+    if solution.event[0].shape == shape:
+        return solution
+    window = Crop(solution.event[0].shape, (shape[1], shape[2]))  # type: ignore[arg-type]  # a picture's three axes
+
+    def cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {event[0].name: window.forward(x).clone() for x in values.values()}
+
+    return replace(
+        solution,
+        event=event,
+        by_chain=cut(solution.by_chain),
+        particles=None if solution.particles is None else cut(solution.particles),
+        likelihood=problem.likelihood.to("cpu"),
+    ).with_reference(problem.reference)
+
+
+def _told(card: "ProblemCard", problem: Problem, how: str) -> tuple[str, str]:
+    """What the operator is, in words."""
+    operator = card.operator
+    if operator.type == "Downsampling":
+        words = f"factor {operator.factor}"
+    else:
+        name, part = ("kernel", operator.kernel) if operator.type == "Blur" else ("mask", operator.mask)
+        if part.type == "file":
+            words = f"{name} {Path(part.path).name}"
+        else:
+            settings = part.model_dump(exclude={"type", "seed", "seeds"})
+            words = ", ".join([f"{part.type} {name}", *(f"{k} {v}" for k, v in settings.items())])
+            if part.type != "gaussian" and not getattr(part, "centred", False):
+                words += f", seed {seed_of(part, int(problem.card['index']))}"
+        words += f", boundary {operator.boundary}" if operator.type == "Blur" else ""
+    return "problem", f"{card.name}: {operator.type} ({words}), noise {card.noise.std:g}; {how}"
+
+
+def _size(pixels: Tensor) -> str:
+    return f"{pixels.shape[-1]} x {pixels.shape[-2]}"
