@@ -22,12 +22,6 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; the 
 Seed = Annotated[int, typer.Option(help="Seed of the draws and of a simulated measurement's noise.")]
 
 
-@app.callback(invoke_without_command=True)
-def _without_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the draws.")] = Path(),
@@ -48,14 +42,17 @@ def solve(
         bool, typer.Option("--simulate", help="Degrade the picture first; else the picture is the measurement.")
     ] = False,
     index: Annotated[int, typer.Option(help="Which picture of the data set; also seeds kernels and masks.")] = 0,
-    prior: Annotated[str, typer.Option(help="A prior of `invdiff list priors`, or a path to its folder.")] = "photos-64",
+    prior: Annotated[
+        str, typer.Option(help="A prior of `invdiff list priors`, or a path to its folder.")
+    ] = "photos-64",
     sampler: Annotated[
         str | None, typer.Option(help="A sampler of `invdiff list samplers`; chosen for the problem if left out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Noise levels; the same as --set sampler.steps=N.")] = None,
     draws: Annotated[int, typer.Option(help="Draws from the posterior; 90 % intervals need 19.")] = 20,
     noise: Annotated[
-        float | None, typer.Option(help="Standard deviation of the noise, pixel values in 0 to 1; the problem's if left out.")
+        float | None,
+        typer.Option(help="Standard deviation of the noise, pixel values in 0 to 1; the problem's if left out."),
     ] = None,
     seed: Seed = 0,
     device: Device = None,
@@ -63,12 +60,16 @@ def solve(
     picture: Annotated[Path | None, typer.Option(help="PNG file for the overview; beside --out if left out.")] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="E.g. sampler.steps=50 or operator.kernel=kernel.png; repeatable."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="E.g. sampler.steps=50 or operator.kernel=kernel.png; repeatable."
+        ),
     ] = None,
     resize: Annotated[int | None, typer.Option(help="Shrink the picture to this long side first, in pixels.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start even if it takes over 10 minutes.")] = False,
     max_seconds: Annotated[float | None, typer.Option(help="Stop after this wall time.")] = None,
-    max_evaluations: Annotated[float | None, typer.Option(help="Stop after this many network evaluations a draw.")] = None,
+    max_evaluations: Annotated[
+        float | None, typer.Option(help="Stop after this many network evaluations a draw.")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Keep the state here; the same command then goes on.")] = None,
     precision: Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -102,7 +103,9 @@ def solve(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="problems, priors, data or samplers; all of them if left out.")] = "all") -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="problems, priors, data or samplers; all of them if left out.")] = "all",
+) -> None:
     """List what there is: problems, priors, data sets and samplers."""
     from invdiff.cli_catalogue import run_list
 
@@ -110,7 +113,9 @@ def list_(what: Annotated[str, typer.Argument(help="problems, priors, data or sa
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="Name of a problem, prior, data set or sampler, or a path to a card.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a problem, prior, data set or sampler, or a path to a card.")],
+) -> None:
     """Show a card, or a sampler's settings and what they mean."""
     from invdiff.cli_catalogue import run_show
 
@@ -156,9 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     from invdiff.errors import InvdiffError, SamplingError
 
     command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         # Not app(): typer would turn errors into boxes, and Ctrl-C into silence.
-        with command.make_context("invdiff", list(sys.argv[1:] if arguments is None else arguments)) as context:
+        with command.make_context("invdiff", words) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code

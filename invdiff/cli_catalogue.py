@@ -126,7 +126,7 @@ def _show_sampler(console: "Console", cls: type) -> None:
 
 
 def _parameter(cls: type, name: str) -> str:
-    """What a class's docstring says of a parameter, from the section Parameters."""
+    """Find what a class's docstring says of a parameter, in the section Parameters."""
     lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
     for i, line in enumerate(lines):
         if not line.startswith(" ") and name in (part.strip() for part in line.split(",")):

@@ -48,7 +48,7 @@ def micro_batch(shape: tuple[int, ...], draws: int, device: torch.device) -> int
 
 
 def least_seconds(prior: NetworkPrior, shape: tuple[int, ...], cost: Cost, draws: int, device: torch.device) -> float:
-    """A bound from below on a run's wall time, from one evaluation at the prior's own size: cheap for any shape."""
+    """Bound a run's wall time from below, from one evaluation at the prior's own size: cheap for any shape."""
     prior.to(device)
     z = torch.zeros(1, *prior.shape, device=device)
     with torch.no_grad():
@@ -62,14 +62,16 @@ def least_seconds(prior: NetworkPrior, shape: tuple[int, ...], cost: Cost, draws
 
 
 def measure(posterior: Posterior, sampler: Sampler, draws: int) -> Estimate:
-    """Estimate a run from its first step, made on a few draws of the true shape: network, operator and sampler together."""
+    """Estimate a run from its first step, made on a few draws: network, operator and sampler together."""
     device = posterior.device
     few = draws if device.type == "cuda" else max(1, min(draws, 2**13 // prod(posterior.shape[-2:])))
     few = min(few, posterior.micro_batch or few)
     before = _peak(device)
     noise = Noise([0], few, device=device, dtype=posterior.dtype)
     with torch.no_grad():
-        state = sampler.init(posterior, 1, few, noise=noise.at(0))  # the prior's mean at sigma_max: the network warms up
+        state = sampler.init(
+            posterior, 1, few, noise=noise.at(0)
+        )  # the prior's mean at sigma_max: the network warms up
         began = _now(device)
         state, _ = sampler.step(posterior, state, noise=noise.at(1))
         seconds = _now(device) - began

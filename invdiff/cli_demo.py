@@ -21,12 +21,13 @@ def portrait() -> Tensor:
     """Eileen Collins, astronaut (NASA, public domain; shipped with scikit-image): (3, 64, 64), sRGB in [0, 1]."""
     from skimage.data import astronaut
 
-    face = torch.from_numpy(astronaut()[0:192, 128:320].copy()).permute(2, 0, 1).double() / 255.0
+    photograph = astronaut()  # type: ignore[no-untyped-call]  # scikit-image has no types
+    face = torch.from_numpy(photograph[0:192, 128:320].copy()).permute(2, 0, 1).double() / 255.0
     return torch.nn.functional.avg_pool2d(face[None], 192 // SIDE)[0].float()
 
 
 def demo_problem(seed: int = 0) -> Problem:
-    """The portrait through a shaking camera, with noise."""
+    """Blur the portrait as a shaking camera does, and add noise."""
     truth = portrait()
     blur = operators.Blur(operators.motion_kernel(**KERNEL), tuple(truth.shape), boundary="reflect")  # type: ignore[arg-type]
     return Problem.simulate(blur, truth, noise_std=NOISE_STD, seed=seed, name="demo: motion blur")

@@ -1,4 +1,4 @@
-"""A user's picture as a problem: simulated from it, or with it as the measurement; and the grid that a prior can serve."""
+"""A user's picture as a problem, simulated or as the measurement; and the grid that a prior can serve."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ Lines = list[tuple[str, str]]
 
 
 def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[Problem, Lines]:
-    """The problem that the command line asked for, and what to tell about it.
+    """Build the problem that the command line asked for, and what to tell about it.
 
     Raises
     ------
@@ -51,8 +51,8 @@ def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapp
     if request.resize is not None:
         if not request.simulate:
             raise InputError(
-                "--resize would change the measurement's blur, mask or noise; shrink the picture before it is measured, or "
-                "degrade it here with --simulate."
+                "--resize would change the measurement's blur, mask or noise; shrink the picture before it is "
+                "measured, or degrade it here with --simulate."
             )
         if request.resize < max(pixels.shape[1:]):
             pixels = resize_image(pixels, request.resize)
@@ -105,7 +105,7 @@ def _check_given(
 
 
 def _measured(pixels: Tensor, card: "ProblemCard", index: int) -> Problem:
-    """The problem whose measurement is a picture."""
+    """Take a picture as the measurement."""
     from invdiff.card_models import card_hash
 
     shape = _unknown_shape(pixels, card, index)
@@ -133,7 +133,7 @@ def _unknown_shape(pixels: Tensor, card: "ProblemCard", index: int) -> tuple[int
 
 
 def padded(shape: tuple[int, ...], prior: "NetworkPrior") -> tuple[int, int, int]:
-    """The smallest grid that holds a picture and that the prior's network can serve.
+    """Find the smallest grid that holds a picture and that the prior's network can serve.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def padded(shape: tuple[int, ...], prior: "NetworkPrior") -> tuple[int, int, int
 
 
 def on_grid(problem: Problem, grid: tuple[int, int, int]) -> Problem:
-    """The same measurement, of a window of a larger scene: the margin is unknown, not invented, and not measured."""
+    """Take the measurement as one of a window of a larger scene: the margin is unknown and not measured."""
     likelihood = problem.likelihood
     if tuple(likelihood.in_shape) == grid:
         return problem
@@ -165,14 +165,15 @@ def on_grid(problem: Problem, grid: tuple[int, int, int]) -> Problem:
 
 
 def off_grid(solution: Solution, problem: Problem) -> Solution:
-    """The solution on the problem's own grid: the window of every draw, the problem's likelihood and its truth."""
+    """Cut a solution to the problem's own grid, and give it the problem's likelihood and truth."""
     shape, event = tuple(problem.likelihood.in_shape), problem.event
     if solution.event[0].shape == shape:
         return solution
     window = Crop(solution.event[0].shape, (shape[1], shape[2]))  # type: ignore[arg-type]  # a picture's three axes
 
     def cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {event[0].name: window.forward(x).clone() for x in values.values()}
+        (x,) = values.values()
+        return {event[0].name: window.forward(x).clone()}
 
     return replace(
         solution,
@@ -184,7 +185,7 @@ def off_grid(solution: Solution, problem: Problem) -> Solution:
 
 
 def _told(card: "ProblemCard", problem: Problem, how: str) -> tuple[str, str]:
-    """What the operator is, in words."""
+    """Say in words what the operator is."""
     operator = card.operator
     if operator.type == "Downsampling":
         words = f"factor {operator.factor}"

@@ -17,8 +17,8 @@ def parse(items: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     Returns
     -------
-        For each of `ROOMS` a dict from the rest of the dotted key to the value: a number, a boolean or a list as JSON has
-        them, else the text.
+        For each of `ROOMS` a dict from the rest of the dotted key to the value: a number, a boolean or a list as JSON
+        has them, else the text.
 
     Raises
     ------
@@ -30,7 +30,9 @@ def parse(items: Iterable[str]) -> dict[str, dict[str, Any]]:
         key, equals, text = item.partition("=")
         room, _, rest = key.strip().partition(".")
         if not equals or not rest:
-            raise InputError(f"--set takes NAME.SETTING=VALUE, e.g. sampler.steps=50 or operator.kernel.seed=3; got {item!r}.")
+            raise InputError(
+                f"--set takes NAME.SETTING=VALUE, e.g. sampler.steps=50 or operator.kernel.seed=3; got {item!r}."
+            )
         if room not in found:
             raise CatalogueError.unknown("part to set", room, ROOMS)
         if rest in found[room]:
@@ -49,7 +51,7 @@ def _value(text: str) -> Any:
 
 
 def apply(thing: Any, settings: Mapping[str, Any]) -> Any:
-    """A dataclass with settings replaced; dotted keys reach into dataclasses that it holds.
+    """Replace settings of a dataclass; dotted keys reach into dataclasses that it holds.
 
     A field that holds a strategy (a PiGDM's covariance, say) takes the name of one, in any case.
 
@@ -88,7 +90,8 @@ def _fitting(name: str, value: Any, kind: Any) -> Any:
         if k in (int, str, bool) and type(value) is k:
             return value
         if isinstance(k, type) and isabstract(k):
-            strategies = {c.__name__.lower(): c for c in k.__subclasses__()}
+            subclasses: list[type] = k.__subclasses__()
+            strategies = {c.__name__.lower(): c for c in subclasses}
             if str(value).lower() not in strategies:
                 raise CatalogueError.unknown(f"{k.__name__} for {name}", str(value), strategies)
             return strategies[str(value).lower()]()

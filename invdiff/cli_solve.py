@@ -63,8 +63,9 @@ def run_solve(request: Request) -> None:
     console = Console(highlight=False, soft_wrap=True)
     settings = parse(request.settings)
     _check_numbers(request)
+    check_writable(request.out)
     picture = request.picture or request.out.with_suffix(".png")
-    for path in filter(None, (request.out, picture, request.checkpoint)):
+    for path in filter(None, (picture, request.checkpoint)):
         check_writable(path)
     device = as_device(request.device) or best_device()
     sampler = _named_sampler(request, settings["sampler"])
@@ -86,7 +87,11 @@ def run_solve(request: Request) -> None:
     check_able(sampler, posterior)
 
     pad = "" if grid == shape else f", on {_size(grid)} (padded for the network, cropped back)"
-    rows = [*lines, ("prior", f"{prior.name}{pad}"), ("sampler", describe(sampler) + ("" if reason == "given" else f"; {reason}"))]
+    rows = [
+        *lines,
+        ("prior", f"{prior.name}{pad}"),
+        ("sampler", describe(sampler) + ("" if reason == "given" else f"; {reason}")),
+    ]
     print_table(console, rows)
     estimate = measure(posterior, sampler, request.draws)
     print_table(console, [("cost", f"{request.draws} draws, {estimate}, on {device}")])
@@ -122,7 +127,8 @@ def _check_numbers(request: Request) -> None:
         raise InputError(f"--draws must be at least 1, got {request.draws}.")
     if request.noise is not None and not 0 < request.noise < float("inf"):
         raise InputError(
-            f"--noise must be positive and finite, got {request.noise:g}. For a noiseless picture give a small value, e.g. 1e-3."
+            f"--noise must be positive and finite, got {request.noise:g}. For a noiseless picture give a small value, "
+            "e.g. 1e-3."
         )
     if request.resize is not None and request.resize < 8:
         raise InputError(f"--resize takes a long side of at least 8 pixels, got {request.resize}.")
@@ -173,7 +179,7 @@ def best_device() -> torch.device:
 
 
 def kept(checkpoint: Path | None) -> str:
-    """What an interrupted run leaves."""
+    """Say what an interrupted run leaves."""
     if checkpoint is None:
         return "nothing was kept (with --checkpoint FILE the run could go on from here)"
     if checkpoint.exists():
@@ -187,8 +193,8 @@ def _refuse_long(seconds: float, bound: str, request: Request, limit: float) -> 
     if seconds > limit and not request.yes:
         smaller = "shrink the picture with --resize LONGSIDE, " if request.simulate else ""
         raise InputError(
-            f"This run would take {bound}{words(seconds)} on this device; {smaller}take fewer --draws or --steps, or start it "
-            "all the same with --yes."
+            f"This run would take {bound}{words(seconds)} on this device; {smaller}take fewer --draws or --steps, or "
+            "start it all the same with --yes."
         )
 
 
@@ -216,7 +222,8 @@ def report(console: "Console", solution: Solution) -> None:
     found = solution.check()
     meaning = {
         "consistent": "the draws explain the measurement as well as the noise allows",
-        "misfit": "the draws miss the measurement: the noise is larger than stated, the operator another, or the run too short",
+        "misfit": "the draws miss the measurement: the noise is larger than stated, the operator another, or the run "
+        "too short",
         "overfit": "the draws fit the measurement closer than its noise: the noise is smaller than stated",
     }[str(found["verdict"])]
     ratio = float(found["reduced_chi_square"])
@@ -233,7 +240,7 @@ def scores(solution: Solution) -> list[tuple[str, str]]:
     ]
     if "ssim_mean" in found:
         rows.insert(1, ("SSIM", f"{found['ssim_mean']:.3f} of the mean"))
-    if found["coverage_90"] == found["coverage_90"]:  # noqa: PLR0124 not NaN
+    if found["coverage_90"] == found["coverage_90"]:
         rows.append(("coverage", f"{100 * found['coverage_90']:.1f} % of pixels lie in their 90 % interval"))
     else:
         rows.append(("coverage", "needs at least 19 draws"))
@@ -241,7 +248,7 @@ def scores(solution: Solution) -> list[tuple[str, str]]:
 
 
 def describe(sampler: Sampler) -> str:
-    """A sampler's name and settings, strategies by their names."""
+    """Say a sampler's name and settings, strategies by their names."""
     values = ((f.name, getattr(sampler, f.name)) for f in fields(sampler))  # type: ignore[arg-type]  # all are dataclasses
     plain = (f"{k} {type(v).__name__ if is_dataclass(v) else v}" for k, v in values if type(v).__name__ != "Levels")
     return f"{type(sampler).__name__} ({', '.join(plain)})"

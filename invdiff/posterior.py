@@ -123,6 +123,7 @@ class Posterior:
         if isinstance(prior, nn.Module):
             prior.to(self.device)
         self.shape = tuple(prior.shape)
+        self._curvature: Curvature | None = getattr(prior, "curvature", None)
         decoder = getattr(prior, "decoder", None)
         self._decoder: Operator | None = decoder.to(self.device) if isinstance(decoder, Operator) else None
         self.event: Event = getattr(prior, "event", None) or plain_event(
@@ -161,7 +162,7 @@ class Posterior:
     @property
     def curvature(self) -> Curvature | None:
         """The denoiser's error covariance by sigma, where the prior knows it."""
-        return getattr(self.prior, "curvature", None)
+        return self._curvature
 
     @property
     def linear(self) -> LinearGaussian | None:

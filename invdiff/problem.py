@@ -16,6 +16,9 @@ from invdiff.likelihoods import Likelihood
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator, fingerprint
 
+if TYPE_CHECKING:
+    from invdiff.card_models import ProblemCard
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -176,8 +179,8 @@ def _beside(values: dict[str, Any], folder: Path) -> None:
     operator, data = values.get("operator"), values.get("data")
     parts = [operator.get(key) for key in ("kernel", "mask")] if isinstance(operator, dict) else []
     for table, key in [*((part, "path") for part in parts), (data, "set")]:
-        name = table.get(key) if isinstance(table, dict) else None
-        if isinstance(name, str) and (key == "path" or name.endswith(".toml")):
+        name = table.get(key, "") if isinstance(table, dict) else ""
+        if isinstance(table, dict) and isinstance(name, str) and name and (key == "path" or name.endswith(".toml")):
             table[key] = str(folder / name)
 
 

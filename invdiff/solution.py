@@ -244,6 +244,8 @@ class Solution:
         """
         path = Path(path)
         with atomic_path(path) as partial:
+            # HDF5 dies at exit after a write that failed for want of space: take the space first.
+            _reserve(partial, sum(node.dataset.nbytes for node in self.data.subtree))
             self.data.to_netcdf(partial, engine="h5netcdf")
         return path
 
@@ -321,6 +323,15 @@ def _cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _std(x: Tensor) -> Tensor:
     return x.std(0) if len(x) > 1 else torch.full_like(x[0], torch.nan)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Fail with OSError unless a file can grow to a size."""
+    block = bytes(min(size, 2**20))
+    with path.open("wb", buffering=0) as file:
+        while size > 0:
+            size -= file.write(block[:size])
+        os.fsync(file.fileno())
 
 
 class atomic_path:  # noqa: N801 used as a context manager

@@ -4,7 +4,6 @@ Figures are made with matplotlib's object interface and the Agg canvas: no windo
 user's own figures or settings.
 """
 
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ def plot_solution(solution: Solution, draws: int = 3) -> "Figure":
         return _curves(solution, draws)
     raise CapabilityError(
         "Pictures with 1 or 3 channels and one-dimensional unknowns can be plotted, not "
-        f"{', '.join(f'{v.name} of shape {v.shape}' for v in event)}; use solution.data, an xarray tree, to plot parts of it."
+        f"{', '.join(f'{v.name} of shape {v.shape}' for v in event)}; plot parts of solution.data, an xarray tree."
     )
 
 
@@ -92,7 +91,7 @@ def _over_channels(x: Tensor) -> Any:
 
 
 def _measured_picture(solution: Solution) -> Tensor | None:
-    """The measurement as a picture; inpainting's is put back into its frame, grey where nothing was seen."""
+    """Show the measurement as a picture; inpainting's is put back into its frame, grey where nothing was seen."""
     y = solution.measurement
     if y is None or y.is_complex():
         return None
@@ -144,12 +143,10 @@ def _pictures(solution: Solution, variable: Variable, draws: int) -> "Figure":
         axes.imshow(values, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest", aspect="auto")
     if maps:
         ceiling = max(float(torch.as_tensor(values).quantile(0.995)) for _, values in maps) or 1.0
-        shown = None
+        shown: Any = None
         for row, (title, values) in enumerate(maps):
             axes = _panel(figure, place(row, columns), title)
-            shown = axes.imshow(
-                values, cmap="magma", vmin=0.0, vmax=ceiling, interpolation="nearest", aspect="auto"
-            )
+            shown = axes.imshow(values, cmap="magma", vmin=0.0, vmax=ceiling, interpolation="nearest", aspect="auto")
         (_, bottom, _, _), (_, first, _, high) = place(len(maps) - 1, columns), place(0, columns)
         bar = figure.add_axes(((size[0] - _BAR) / size[0], bottom, 0.11 / size[0], first + high - bottom))
         colours = figure.colorbar(shown, cax=bar, extend="max")
@@ -171,7 +168,11 @@ def _curves(solution: Solution, draws: int) -> "Figure":
         if len(samples) >= 19:
             from invdiff import metrics
 
-            low_edge, high_edge, label = metrics.quantile(samples, 0.05), metrics.quantile(samples, 0.95), "90 % interval"
+            low_edge, high_edge, label = (
+                metrics.quantile(samples, 0.05),
+                metrics.quantile(samples, 0.95),
+                "90 % interval",
+            )
         else:
             low_edge, high_edge, label = samples.amin(0), samples.amax(0), f"range of {len(samples)} draws"
         axes.fill_between(t, low_edge.numpy(), high_edge.numpy(), color="#3b6ea5", alpha=0.22, lw=0, label=label)
@@ -188,7 +189,9 @@ def _curves(solution: Solution, draws: int) -> "Figure":
         axes.tick_params(labelsize=7)
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(-0.01, 0.98), borderaxespad=0.1)
+        axes.legend(
+            fontsize=7, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(-0.01, 0.98), borderaxespad=0.1
+        )
     _heading(figure, solution)
     return figure
 
@@ -202,7 +205,7 @@ def _figure(size: tuple[float, float]) -> "Figure":
     return figure
 
 
-def _panel(figure: "Figure", place: tuple[float, ...], title: str) -> Any:
+def _panel(figure: "Figure", place: tuple[float, float, float, float], title: str) -> Any:
     axes = figure.add_axes(place)
     axes.set_title(title, fontsize=8.5, pad=3)
     axes.set_xticks([])

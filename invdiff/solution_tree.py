@@ -126,7 +126,8 @@ def _from_tree(tree: "xr.DataTree") -> "Solution":
     attrs = dict(tree.attrs)
     event, is_chain = variables_from_json(attrs.pop("event")), bool(attrs.pop("is_chain"))
     about = {str(k): json.loads(v) if k in _JSON else v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
-    stats, groups = tree["sample_stats"], tree.children
+    groups = tree.children
+    stats = groups["sample_stats"].to_dataset()
 
     def column(dataset: Any, name: str) -> Tensor | None:
         return torch.from_numpy(dataset[name].values.copy()) if name in dataset else None

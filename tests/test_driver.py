@@ -133,7 +133,7 @@ def test_an_annealed_run_out_of_budget_has_no_draws(tmp_path):
     with pytest.raises(SamplingError, match=r"Annealed was stopped at 50 % \(max_evaluations=6") as caught:
         run(Annealed(), budget=Budget(max_evaluations=6.0))
     assert "kept" not in str(caught.value)
-    with pytest.raises(SamplingError, match="kept in .*run.safetensors"):
+    with pytest.raises(SamplingError, match=r"kept in .*run\.safetensors"):
         run(Annealed(), budget=Budget(max_evaluations=6.0), checkpoint=path)
     assert torch.equal(run(Annealed(), checkpoint=path).draws.z, run(Annealed()).draws.z)
 

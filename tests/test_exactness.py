@@ -6,6 +6,8 @@ from typing import Any, final
 import pytest
 import torch
 
+from invdiff.bench import exactness as bench
+from invdiff.bench import exactness_deepinv
 from invdiff.diagnostics.exactness import (
     check_sampler,
     field_problems,
@@ -133,7 +135,7 @@ def test_an_error_that_does_not_fall_is_a_failure():
 
 
 @pytest.mark.parametrize("case", [*FIELDS, plane_problem()], ids=[*[case.name for case in FIELDS], "plane"])
-@pytest.mark.parametrize("n", [50, 300])
+@pytest.mark.parametrize("n", [25, 300])
 def test_exact_draws_are_accepted(case, n):
     """At four standard deviations five figures fail with a probability of 5 * 6.3e-5; with skewed tails, under 1 %."""
     seeds = 60
@@ -205,3 +207,72 @@ def test_several_variables_are_refused():
     two = replace(solution, by_chain={"u": draws[..., :1], "v": draws[..., 1:]}, event=event)
     with pytest.raises(CapabilityError, match="one variable"):
         measure_solution(two, case)
+
+
+# The benchmark.
+
+
+def test_the_denoiser_given_to_deepinv_is_the_exact_one_with_its_gradient():
+    case, passes = FIELDS[0], {"forward": 0, "backward": 0}
+    denoiser = exactness_deepinv.exact_denoiser(case, passes)
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, *case.prior.shape, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.05, 0.3, 2.0], dtype=torch.float64)
+    direct, pull = torch.func.vjp(lambda z: case.prior.denoise(z, sigma), x)
+    wrapped, pull_wrapped = torch.func.vjp(lambda z: denoiser(z, sigma), x)
+    torch.testing.assert_close(wrapped, direct)
+    torch.testing.assert_close(pull_wrapped(v)[0], pull(v)[0])
+    torch.testing.assert_close(denoiser(x, 0.3), case.prior.denoise(x, 0.3))
+    assert passes == {"forward": 6, "backward": 3}
+
+
+@pytest.mark.parametrize("case", FIELDS, ids=[case.name for case in FIELDS])
+def test_the_physics_given_to_deepinv_is_the_problem(case):
+    physics, y = exactness_deepinv.physics_of(case)
+    z = case.prior.sample(2, seed=3).float()
+    direct = case.problem.likelihood.log_prob(z.double())
+    residual = (physics.A(z) - y).double().flatten(1).square().sum(1)
+    torch.testing.assert_close(
+        -0.5 * (residual[0] - residual[1]) / 0.05**2, direct[0] - direct[1], rtol=1e-4, atol=1e-3
+    )
+    assert float(physics.noise_model.sigma) == pytest.approx(0.05)
+
+
+def test_deepinv_runs_repeat_and_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    a, b = (exactness_deepinv.run("DDRM", {}, FIELDS[0], 5, 0) for _ in range(2))
+    c = exactness_deepinv.run("DDRM", {}, FIELDS[0], 5, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a.draws, b.draws)
+    assert not torch.equal(a.draws, c.draws)
+    assert a.evaluations == 100
+    with pytest.raises(CapabilityError, match="DDRM needs"):
+        exactness_deepinv.run("DDRM", {}, FIELDS[1], 5, 0)
+
+
+def test_the_table_marks_what_exact_draws_would_not_give():
+    case = FIELDS[0]
+    exact = case.exact.sample(DRAWS, seed=0)
+    wide = _broken("variance 15 % too large", exact, case.exact)
+    passes = {"evaluations": 3.0, "backward": 0.0}
+    rows = [
+        bench.row(case, "here", name, "", 3, measure(z, case.exact), **passes)
+        for name, z in (("a", exact), ("b", wide))
+    ]
+    report = {
+        "rows": rows,
+        "problems": [{"name": case.name, "shape": [1, SIDE, SIDE], "measured": 32}],
+        "left_out": [{"problem": case.name, "sampler": "c", "reason": "needs more"}],
+        "versions": {"torch": "x"},
+        "quick": True,
+        "draws": DRAWS,
+        "seed": 0,
+        "device": "cpu",
+        "allowance": 0.02,
+    }
+    lines = bench.table(report, "f.json", "f.md").splitlines()
+    assert "`python -m invdiff.bench.exactness --out f.json --table f.md --quick`" in lines[0]
+    right, wrong = (next(line for line in lines if line.startswith(f"| here | {name} | 3 | 3 + 0 |")) for name in "ab")
+    assert "**" not in right
+    assert f"**{rows[1]['variance_ratio']:.3f}**" in wrong
+    assert "Left out: c of deepinv, which needs more." in lines

@@ -39,7 +39,8 @@ def test_importing_the_library_loads_nothing_heavy():
 
 def test_importing_the_library_leaves_the_global_random_state_alone():
     code = (
-        "import torch; s = torch.get_rng_state(); t = torch.get_default_dtype(), torch.get_num_threads(); import invdiff; "
+        "import torch; s = torch.get_rng_state(); t = torch.get_default_dtype(), torch.get_num_threads(); "
+        "import invdiff; "
         "print(torch.equal(s, torch.get_rng_state()), t == (torch.get_default_dtype(), torch.get_num_threads()))"
     )
     assert fresh(code).split() == ["True", "True"]

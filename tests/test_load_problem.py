@@ -31,11 +31,14 @@ side = 16
 def test_every_shipped_card_is_a_problem(name):
     problem = load_problem(name, 1)
     assert problem.name == name and problem.event[0].shape == (3, 64, 64)
-    assert problem.reference.shape == (3, 64, 64) and 0 <= float(problem.reference.min()) <= float(problem.reference.max()) <= 1
+    assert (
+        problem.reference.shape == (3, 64, 64)
+        and 0 <= float(problem.reference.min()) <= float(problem.reference.max()) <= 1
+    )
     assert problem.card["name"] == name and problem.card["index"] == 1 and len(problem.card["hash"]) == 64
     residual = problem.likelihood.measurement - problem.likelihood.operator(problem.reference[None])
     count = residual.numel()
-    # The noise is what the card says: the sample's standard deviation has relative error 1 / sqrt(2 count); six of them.
+    # The noise is the card's: a sample's standard deviation has relative error 1 / sqrt(2 count); six of them.
     assert float(residual.std()) == pytest.approx(problem.card["noise"]["std"], rel=6 / (2 * count) ** 0.5)
 
 
@@ -81,7 +84,7 @@ def test_overrides_and_files(tmp_path, monkeypatch):
         (("side = 16", "side = 16\nsize = 3"), InputError, r"data\.size.*not a field"),
         (("kernel.png", "nothing.png"), InputError, r"no picture .*nothing\.png"),
         (("kernel.png", "black.png"), InputError, "black everywhere"),
-        (("side = 16", "side = 2"), ShapeError, ""),
+        (("side = 16", "side = 2"), ShapeError, "kernel"),
         (("skimage-photos", "skimage-photo"), CatalogueError, "did you mean 'skimage-photos'"),
         (("version", "= version"), InputError, "no TOML"),
     ],

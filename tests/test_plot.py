@@ -3,7 +3,7 @@
 import threading
 from dataclasses import replace
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -90,7 +90,9 @@ def test_no_panel_or_label_overlaps_another(shape, draws):
     figure = plot_solution(solution_of(operators.Scale(shape), picture(shape), draws=8), draws)
     figure.canvas.draw()
     renderer, width, height = figure.canvas.get_renderer(), *figure.canvas.get_width_height()
-    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [t.get_window_extent(renderer) for t in figure.texts]
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [
+        t.get_window_extent(renderer) for t in figure.texts
+    ]
     for i, a in enumerate(boxes):
         assert a.x0 >= -1 and a.y0 >= -1 and a.x1 <= width + 1 and a.y1 <= height + 1
         for b in boxes[i + 1 :]:
@@ -107,7 +109,9 @@ def test_curves_have_a_band_that_holds_the_mean(draws, label):
     band = axes.collections[0]
     assert band.get_label() == label
     low = band.get_paths()[0].vertices[:, 1].min()
-    assert low <= float(solution.mean().min()) and {"mean", "truth", "measurement"} <= {line.get_label() for line in axes.lines}
+    assert low <= float(solution.mean().min()) and {"mean", "truth", "measurement"} <= {
+        line.get_label() for line in axes.lines
+    }
 
 
 def test_what_cannot_be_plotted_says_so():
@@ -121,7 +125,7 @@ def test_what_cannot_be_plotted_says_so():
 def test_pyplot_and_settings_are_left_alone():
     import sys
 
-    before = dict(matplotlib.rcParams)
+    before = dict(mpl.rcParams)
     had = "matplotlib.pyplot" in sys.modules
     results = []
     thread = threading.Thread(
@@ -129,7 +133,7 @@ def test_pyplot_and_settings_are_left_alone():
     )
     thread.start()
     thread.join()
-    assert results and dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == had
+    assert results and dict(mpl.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == had
 
 
 def test_file_is_small_and_whole_or_not_there(tmp_path):

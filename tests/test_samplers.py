@@ -28,9 +28,9 @@ SHAPE = (1, 4, 4)
 # Both hold the sampler's bias and the sampling error of 400 draws.
 ENTRIES = {
     samplers.PiGDM: (samplers.PiGDM(steps=40), 0.25, (0.85, 1.15)),
-    samplers.DAPS: (samplers.DAPS(steps=40, inner=samplers.ExactInner()), 0.5, (0.7, 1.6)),
-    samplers.DPS: (samplers.DPS(steps=40, scale=0.005), 2.0, (0.3, 3.0)),
-    samplers.ImportanceSampling: (samplers.ImportanceSampling(steps=40), 1.5, (0.3, 1.5)),
+    samplers.DAPS: (samplers.DAPS(steps=40, inner=samplers.ExactInner()), 0.35, (0.85, 1.25)),
+    samplers.DPS: (samplers.DPS(steps=40, scale=0.005), 0.5, (0.6, 1.15)),
+    samplers.ImportanceSampling: (samplers.ImportanceSampling(steps=40), 0.7, (0.8, 1.5)),
 }
 
 
@@ -116,7 +116,7 @@ def pigdm(covariance, steps: int = 20, draws: int = 8) -> Tensor:
 
 def test_pigdm_jacobian_and_spectral_are_one_on_a_gaussian_field():
     jacobian = samplers.Jacobian(max_iterations=50, rtol=1e-12)
-    spectral = samplers.Spectral(max_iterations=200, rtol=1e-12)
+    spectral = samplers.Spectral(max_iterations=400, atol=1e-11)
     torch.testing.assert_close(pigdm(jacobian), pigdm(spectral), rtol=1e-8, atol=1e-8)
     assert not torch.allclose(pigdm(samplers.Isotropic()), pigdm(spectral), atol=1e-2)
 
@@ -127,7 +127,10 @@ def test_the_guided_denoiser_is_that_of_the_posterior():
     exact = field().posterior(problem().likelihood.operator, posterior.linear.measurement[0], 0.3)
     z = 2.0 * normal(3, *SHAPE)
     for sigma in (0.05, 1.0, 20.0):
-        for covariance in (samplers.Jacobian(max_iterations=100, rtol=1e-12), samplers.Spectral(rtol=1e-12)):
+        for covariance in (
+            samplers.Jacobian(max_iterations=100, rtol=1e-12),
+            samplers.Spectral(max_iterations=400, atol=1e-11),
+        ):
             guided, denoised = covariance.guided(posterior, z, sigma)
             torch.testing.assert_close(guided, exact.denoise(z, sigma), rtol=1e-7, atol=1e-7)
             torch.testing.assert_close(denoised, field().denoise(z, sigma))
@@ -139,7 +142,7 @@ def test_pigdm_error_falls_with_steps_to_its_floor():
     truth = exact.covariance
     errors = []
     for steps in (10, 20, 40, 80):
-        sampler = samplers.PiGDM(steps=steps, covariance=samplers.Spectral(rtol=1e-12, max_iterations=200))
+        sampler = samplers.PiGDM(steps=steps, covariance=samplers.Spectral(max_iterations=400, atol=1e-11))
         posterior = Posterior(problem(0.3), field(), dtype=F64)
         start = torch.cat([torch.zeros(1, 16, dtype=F64), torch.eye(16, dtype=F64)]).reshape(1, 17, *SHAPE)
         state = samplers.annealing.AnnealedState(z=posterior.noised_mean() + posterior.sigma_max * start)
@@ -184,7 +187,7 @@ def test_daps_langevin_tends_to_the_exact_inner_draw():
         posterior.linear.operator, posterior.linear.measurement[0], 0.3
     )
     assert float(((x.mean(0) - exact.mean) / exact.std).abs().max()) < 4.5 / math.sqrt(n) + 1e-3
-    # Unadjusted Langevin on a Gaussian of precision p has variance 1 / (p (1 - step p / 2)); step p is at most the rate.
+    # Unadjusted Langevin on a Gaussian of precision p has variance 1 / (p (1 - step p / 2)); step p <= rate.
     ratio = (x.std(0) / exact.std) ** 2
     assert float(ratio.max()) < 1.0 / (1.0 - 0.05) + 4.5 * math.sqrt(2 / n)
     assert float(ratio.min()) > 1.0 - 4.5 * math.sqrt(2 / n)

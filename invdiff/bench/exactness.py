@@ -205,6 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="Markdown made from the file")
     parser.add_argument("--quick", action="store_true", help="100 draws, few steps")
     options = parser.parse_args(arguments)
+    # Tensors of a few thousand values: more threads cost more than they give.
+    torch.set_num_threads(1)
     report = collect(quick=options.quick)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.table is not None:

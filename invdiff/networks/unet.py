@@ -18,8 +18,13 @@ from torch import Tensor, nn
 
 from invdiff.errors import InputError
 
-_FUSED_TOKENS = 1024  # from here on attention is fused; below it is written out, which can be differentiated twice and forwards
-_FREQUENCIES = (0.25, 16.0)  # radians per unit of c_noise = ln(sigma) / 4: waves no shorter than a factor of 4.8 in sigma
+_FUSED_TOKENS = (
+    1024  # from here on attention is fused; below it is written out, which can be differentiated twice and forwards
+)
+_FREQUENCIES = (
+    0.25,
+    16.0,
+)  # radians per unit of c_noise = ln(sigma) / 4: waves no shorter than a factor of 4.8 in sigma
 
 
 def _conv(c_in: int, c_out: int, kernel: int = 3, *, zero: bool = False) -> nn.Conv2d:
@@ -75,7 +80,11 @@ class Attention(nn.Module):
         if channels % head:
             raise InputError(f"Attention splits channels into heads of {head}; {channels} channels do not divide.")
         self.heads = channels // head
-        self.norm, self.qkv, self.out = nn.GroupNorm(groups, channels), _conv(channels, 3 * channels, 1), _conv(channels, channels, 1, zero=True)
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(groups, channels),
+            _conv(channels, 3 * channels, 1),
+            _conv(channels, channels, 1, zero=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, c, h, w)."""
@@ -94,7 +103,9 @@ class Stage(nn.Module):
 
     def __init__(self, c_in: int, channels: int, blocks: int, embedding: int, groups: int, *, attention: bool) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(channels if i else c_in, channels, embedding, groups) for i in range(blocks))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(channels if i else c_in, channels, embedding, groups) for i in range(blocks)
+        )
         self.attention = Attention(channels, groups) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

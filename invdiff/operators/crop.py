@@ -1,5 +1,6 @@
 """Crop: what a picture shows of a larger scene, so that a prior's grid may be larger than the measured part."""
 
+from types import EllipsisType
 from typing import final
 
 import torch
@@ -51,7 +52,7 @@ class Crop(LinearOperator):
         self.register_buffer("mask", mask)
 
     @property
-    def _window(self) -> tuple[object, ...]:
+    def _window(self) -> tuple[EllipsisType, slice, slice]:
         (top, left), (_, h, w) = self.corner, self.out_shape
         return (..., slice(top, top + h), slice(left, left + w))
 
@@ -66,7 +67,7 @@ class Crop(LinearOperator):
 
     @property
     def svd(self) -> SVD:
-        """The diagonalisation in the standard basis of the scene; the singular values are 1 inside the window, else 0."""
+        """The diagonalisation in the scene's standard basis; singular values are 1 inside the window, else 0."""
 
         def same(x: Tensor) -> Tensor:
             return x

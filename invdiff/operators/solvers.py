@@ -11,7 +11,9 @@ def conjugate_gradient(
     b: Tensor,
     *,
     start: Tensor | None = None,
+    precondition: Callable[[Tensor], Tensor] | None = None,
     rtol: float | None = None,
+    atol: float = 0.0,
     max_iterations: int = 500,
 ) -> Tensor:
     """Solve ``M x = b`` for a symmetric positive definite M, each row of the leading axis to its own tolerance.
@@ -24,8 +26,14 @@ def conjugate_gradient(
         Right-hand sides (n, ...).
     start
         First guess; zero if None.
+    precondition
+        r -> P r with P about the inverse of M, symmetric positive definite; the identity if None.
     rtol
-        Relative residual |b - M x| / |b| at which a row stops; 1e-6 in float32 and 1e-12 in float64 if None.
+        Residual in the norm of P, sqrt(r^T P r), relative to that of b, at which a row stops; 1e-6 in float32 and 1e-12
+        in float64 if None.
+    atol
+        The same, absolute and for the root mean square over a row's values. For P near M's inverse it is the error in
+        units of the standard deviation that M is the precision of.
     max_iterations
         Bound on the iterations; the best iterate is returned when it is reached.
     """
@@ -34,13 +42,18 @@ def conjugate_gradient(
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(1).reshape(-1, *[1] * (u.ndim - 1))
 
+    def conditioned(r: Tensor) -> Tensor:
+        return r if precondition is None else precondition(r)
+
     x = torch.zeros_like(b) if start is None else start
-    r = b - matvec(x) if start is not None else b
-    p, rr = r, dot(r, r)
-    stop = rtol**2 * dot(b, b)
+    r = b if start is None else b - matvec(x)
+    p = conditioned(r)
+    rho = dot(r, p)
+    scale = rho if start is None else dot(b, conditioned(b))
+    stop = torch.clamp_min(rtol**2 * scale, atol**2 * b[0].numel())
     tiny = torch.finfo(b.dtype).tiny
     for _ in range(max_iterations):
-        live = rr > stop
+        live = rho > stop
         if not bool(live.any()):
             break
         mp = matvec(p)
@@ -48,9 +61,10 @@ def conjugate_gradient(
         curvature = dot(p, mp)
         # Nor does one whose matrix turns out not to be positive, as a trained denoiser's Jacobian may not be.
         live = live & (curvature > 0)
-        alpha = torch.where(live, rr / curvature.clamp_min(tiny), torch.zeros_like(rr))
+        alpha = torch.where(live, rho / curvature.clamp_min(tiny), torch.zeros_like(rho))
         x, r = x + alpha * p, r - alpha * mp
-        new = dot(r, r)
-        beta = torch.where(live, new / rr.clamp_min(tiny), torch.zeros_like(rr))
-        p, rr = torch.where(live, r + beta * p, p), torch.where(live, new, torch.zeros_like(rr))
+        z = conditioned(r)
+        new = dot(r, z)
+        beta = torch.where(live, new / rho.clamp_min(tiny), torch.zeros_like(rho))
+        p, rho = torch.where(live, z + beta * p, p), torch.where(live, new, torch.zeros_like(rho))
     return x

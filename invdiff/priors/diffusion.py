@@ -78,7 +78,9 @@ class NetworkPrior(nn.Module):
                 f"{tuple(shape)}; pad or crop to such a size."
             )
         if not 0 < sigma_min < sigma_max or sigma_data <= 0:
-            raise InputError(f"Need 0 < sigma_min < sigma_max and sigma_data > 0, got {sigma_min}, {sigma_max}, {sigma_data}.")
+            raise InputError(
+                f"Need 0 < sigma_min < sigma_max and sigma_data > 0, got {sigma_min}, {sigma_max}, {sigma_data}."
+            )
         self.network, self.curvature, self.name, self.key = network, curvature, name, key
         self.shape, self.sigma_data, self.sigma_min, self.sigma_max = tuple(shape), sigma_data, sigma_min, sigma_max
         self.decoder = Affine(self.shape, scale, offset)
@@ -118,7 +120,9 @@ class NetworkPrior(nn.Module):
             If z does not have the prior's shape, or sigma not one value a particle.
         """
         if tuple(z.shape[1:]) != self.shape:
-            raise ShapeError(f"The prior {self.name!r} is for shape (n, {', '.join(map(str, self.shape))}), got {tuple(z.shape)}; see at().")
+            raise ShapeError(
+                f"The prior {self.name!r} is for shape (n, {', '.join(map(str, self.shape))}), got {tuple(z.shape)}; see at()."
+            )
         s = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
         if s.ndim and s.shape != z.shape[:1]:
             raise ShapeError(f"sigma must be a float or have shape ({len(z)},), got {tuple(s.shape)}.")

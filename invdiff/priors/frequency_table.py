@@ -65,13 +65,16 @@ class FrequencyTable(Curvature):
         if len(shape) != 3 or shape[0] != 3:
             raise ShapeError(f"A frequency table speaks of pictures of shape (3, h, w), got {tuple(shape)}.")
         if log_variance.shape != (len(sigmas), 3, len(KNOTS)):
-            raise ShapeError(f"The table must have shape {(len(sigmas), 3, len(KNOTS))}, got {tuple(log_variance.shape)}.")
+            raise ShapeError(
+                f"The table must have shape {(len(sigmas), 3, len(KNOTS))}, got {tuple(log_variance.shape)}."
+            )
         if not bool((sigmas[1:] > sigmas[:-1]).all()) or not bool(log_variance.isfinite().all()):
             raise InputError("A frequency table needs rising noise levels and finite entries; measure it again.")
         self.shape = tuple(shape)
         self.sigmas, self.log_variance = sigmas.detach().double().cpu(), log_variance.detach().double().cpu()
         self._colours = opponent_colours()
         self._knots = torch.tensor(KNOTS, dtype=torch.float64)
+        self._last: tuple[float, Tensor] | None = None
         self._weights = hat_weights(radial_frequency(*self.shape[1:]), self._knots)
 
     def at(self, shape: tuple[int, ...]) -> "FrequencyTable":
@@ -90,11 +93,14 @@ class FrequencyTable(Curvature):
 
     def variance(self, sigma: float) -> Tensor:
         """Error variance of each coefficient at one noise level, in (0, sigma^2], shape (3, h, w // 2 + 1), float32."""
+        if self._last is not None and self._last[0] == float(sigma):  # conjugate gradients ask a hundred times a level
+            return self._last[1]
         s2 = float(sigma) ** 2
         level = hat_weights(torch.tensor(float(sigma), dtype=torch.float64).log(), self.sigmas.log())
         log_variance = torch.einsum("s,sck,hwk->chw", level, self.log_variance, self._weights)
         tiny = torch.finfo(torch.float32).tiny
-        return log_variance.exp().clamp(min=min(tiny, s2), max=s2).float()
+        self._last = (float(sigma), log_variance.exp().clamp(min=min(tiny, s2), max=s2).float())
+        return self._last[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored beside the weights."""

@@ -81,7 +81,9 @@ def read_trained_card(path: Path) -> TrainedCard:
     if unknown:
         raise InputError(f"{path} has fields that no trained prior has: {', '.join(sorted(unknown))}.")
     if text["family"] != FAMILY or text["dtype"] != "float32":
-        raise InputError(f"{path} is of family {text['family']!r}, dtype {text['dtype']!r}; only {FAMILY!r} in 'float32' can be loaded.")
+        raise InputError(
+            f"{path} is of family {text['family']!r}, dtype {text['dtype']!r}; only {FAMILY!r} in 'float32' can be loaded."
+        )
     if not {"file", "sha256"} <= set(text["weights"]):
         raise InputError(f"{path} needs 'file' and 'sha256' under [weights].")
     return TrainedCard(**{**text, "shape": tuple(text["shape"])})
@@ -111,7 +113,9 @@ def save_prior(folder: Path, prior: NetworkPrior, card: TrainedCard) -> Path:
     """
     from safetensors.torch import save
 
-    tensors = {f"network.{k}": v.detach().to("cpu", torch.float16).contiguous() for k, v in prior.network.state_dict().items()}
+    tensors = {
+        f"network.{k}": v.detach().to("cpu", torch.float16).contiguous() for k, v in prior.network.state_dict().items()
+    }
     if prior.curvature is not None:
         tensors |= prior.curvature.tensors()
     blob = save(tensors, metadata={"format": "pt"})
@@ -137,7 +141,9 @@ def read_weights(card: TrainedCard, folder: Path) -> dict[str, Tensor]:
 
     path = folder / card.weights["file"]
     if not path.is_file():
-        raise CatalogueError(f"The weights {path} of the prior {card.name!r} are missing; get them again or train the prior.")
+        raise CatalogueError(
+            f"The weights {path} of the prior {card.name!r} are missing; get them again or train the prior."
+        )
     blob = path.read_bytes()
     digest = hashlib.sha256(blob).hexdigest()
     if digest != card.weights["sha256"]:
@@ -156,7 +162,9 @@ def _folder(name_or_path: str | Path) -> Path:
     if (path / "prior.toml").is_file():
         return path
     if path.is_dir() or len(path.parts) > 1:
-        raise CatalogueError(f"There is no prior at {path}: it needs a file prior.toml; see invdiff.training for how one is made.")
+        raise CatalogueError(
+            f"There is no prior at {path}: it needs a file prior.toml; see invdiff.training for how one is made."
+        )
     from invdiff import cards
 
     found: Path = cards.find("priors", str(name_or_path))
@@ -181,10 +189,15 @@ def load_prior(name_or_path: str | Path) -> NetworkPrior:
     card = read_trained_card(folder / "prior.toml")
     tensors = read_weights(card, folder)
     try:
-        network = UNet(in_channels=card.shape[0], **card.network)
-        network.load_state_dict({k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")})
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and thrown away
+            network = UNet(in_channels=card.shape[0], **card.network)
+        network.load_state_dict(
+            {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
+        )
     except (TypeError, RuntimeError) as error:
-        raise InputError(f"{folder / card.weights['file']} and the [network] of its card do not fit: {error}") from error
+        raise InputError(
+            f"{folder / card.weights['file']} and the [network] of its card do not fit: {error}"
+        ) from error
     table = None
     if "curvature.sigmas" in tensors:
         table = FrequencyTable(card.shape, tensors["curvature.sigmas"], tensors["curvature.log_variance"])

@@ -70,7 +70,7 @@ class Jacobian(Covariance):
         Of the conjugate gradients; each iteration is one backward pass through the network.
     """
 
-    max_iterations: int = 10
+    max_iterations: int = 30
     rtol: float = 1e-4
     requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "denoiser_vjp", "linear"})
 
@@ -99,12 +99,14 @@ class Spectral(Covariance):
 
     Parameters
     ----------
-    max_iterations, rtol
-        Of the conjugate gradients, which cost operator applications only.
+    atol
+        Error of the conjugate gradients, in units of the standard deviation of z_0 given z_sigma and y.
+    max_iterations
+        Bound on their iterations, which cost operator applications only.
     """
 
-    max_iterations: int = 100
-    rtol: float = 1e-4
+    atol: float = 1e-3
+    max_iterations: int = 200
     requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "linear", "curvature"})
 
     def backward(self) -> int:
@@ -119,11 +121,9 @@ class Spectral(Covariance):
         denoised = posterior.denoise(z, sigma)
 
         def gain(linear: LinearGaussian, d: Tensor) -> Tensor:
-            def covariance(v: Tensor) -> Tensor:
-                return curvature.covariance(v, sigma)
-
-            w = linear.solve(linear.residual(d), covariance, rtol=self.rtol, max_iterations=self.max_iterations)
-            return covariance(linear.operator.adjoint(w))
+            return linear.correction(
+                linear.residual(d), curvature, sigma, atol=self.atol, max_iterations=self.max_iterations
+            )
 
         return denoised + posterior.linear_rows(denoised, gain), denoised
 

@@ -79,14 +79,21 @@ def load_state(folder: Path, settings: Mapping[str, object]) -> tuple[dict[str, 
     text = json.loads(path.read_text(encoding="utf-8"))
     theirs, ours = text["settings"], json.loads(json.dumps(dict(settings)))
     if theirs != ours:
-        raise InputError(f"The training state {path} was made with {theirs}, not {ours}; resume with the same settings or start anew.")
+        raise InputError(
+            f"The training state {path} was made with {theirs}, not {ours}; resume with the same settings or start anew."
+        )
     tensors: dict[str, Tensor] = {}
     for i in range(text["pieces"]):
         tensors |= load_file(folder / f"state-{i}.safetensors")
     return tensors, Progress(**text["progress"])
 
 
-def pack(weights: Mapping[str, Tensor], average: Mapping[str, Tensor], first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack(
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """One flat dictionary of a training's tensors, at the precisions that the module's docstring gives."""
     half = torch.bfloat16
     packed = {f"weights.{k}": v for k, v in weights.items()}

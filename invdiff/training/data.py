@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from invdiff import images
 from invdiff.errors import CatalogueError, InputError
 
 
@@ -28,7 +28,7 @@ class TileSet:
         Numbers of tiles of the last file.
     aerial
         Whether up and down, left and right mean nothing in these pictures.
-    source, licence
+    source, licence, attribution
         For the model card.
     """
 
@@ -41,6 +41,7 @@ class TileSet:
     aerial: bool
     source: str
     licence: str
+    attribution: str
 
 
 SETS: Mapping[str, TileSet] = {
@@ -56,6 +57,7 @@ SETS: Mapping[str, TileSet] = {
             aerial=False,
             source="Caltech-101 (Fei-Fei, Fergus, Perona 2004), photographs at 64 x 64",
             licence="CC BY 4.0",
+            attribution="Li, Andreeto, Ranzato, Perona: Caltech 101, CaltechDATA 2022, doi:10.22002/D1.20086.",
         ),
         TileSet(
             name="ucmerced128",
@@ -67,38 +69,33 @@ SETS: Mapping[str, TileSet] = {
             aerial=True,
             source="UC Merced Land Use (Yang, Newsam 2010), USGS aerial imagery at 128 x 128",
             licence="public domain",
+            attribution="Imagery of the United States Geological Survey, The National Map.",
         ),
     )
 }
 
 
 def read_tiles(path: Path, count: int, side: int, columns: int) -> Tensor:
-    """The first `count` tiles of a grid, shape (count, 3, side, side), uint8.
+    """Read the first `count` tiles of a grid, shape (count, 3, side, side), uint8.
 
     Raises
     ------
     CatalogueError
         If there is no such file.
     InputError
-        If the picture is not that grid.
+        If it is not that grid.
     """
-    from PIL import Image
-
     if not path.is_file():
         raise CatalogueError(f"The training data {path} is missing; give its folder with --data or INVDIFF_DATA.")
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    rows = -(-count // columns)
-    if pixels.shape[1] != columns * side or pixels.shape[0] < rows * side:
-        raise InputError(f"{path} has {pixels.shape[:2]} pixels; {count} tiles of {side} in rows of {columns} need {(rows * side, columns * side)}.")
-    grid = torch.from_numpy(pixels[: rows * side].reshape(rows, side, columns, side, 3).copy())
-    return grid.permute(0, 2, 4, 1, 3).reshape(-1, 3, side, side)[:count].contiguous()
+    return (images.read_tiles(path, side, columns, range(count)) * 255).round().to(torch.uint8)
 
 
 def read_split(tiles: TileSet, folder: Path, split: str) -> Tensor:
     """All tiles of the split ``"train"``, ``"validation"`` or ``"test"``, shape (n, 3, side, side), uint8."""
     if split == "train":
-        return torch.cat([read_tiles(folder / file, count, tiles.side, tiles.columns) for file, count in tiles.files[:-1]])
+        return torch.cat(
+            [read_tiles(folder / file, count, tiles.side, tiles.columns) for file, count in tiles.files[:-1]]
+        )
     file, count = tiles.files[-1]
     last = read_tiles(folder / file, count, tiles.side, tiles.columns)
     chosen = {"validation": last[: tiles.validation], "test": last[count - tiles.test :]}
@@ -125,7 +122,9 @@ def _crop(pictures: Tensor, index: Tensor, side: int, generator: torch.Generator
     span = torch.arange(side, device=pictures.device)
     rows, columns = corner[0] + span, corner[1] + span
     channels = torch.arange(3, device=pictures.device)
-    return pictures[index[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]].float()
+    return pictures[
+        index[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ].float()
 
 
 def augment_aerial(pictures: Tensor, index: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -139,7 +138,9 @@ def augment_aerial(pictures: Tensor, index: Tensor, side: int, generator: torch.
     return torch.where(coins[3], x.flip(-1), x)
 
 
-def augment_photos(pictures: Tensor, index: Tensor, side: int, generator: torch.Generator, zoomed: float = 0.25) -> Tensor:
+def augment_photos(
+    pictures: Tensor, index: Tensor, side: int, generator: torch.Generator, zoomed: float = 0.25
+) -> Tensor:
     """Whole tiles, mirrored at random; some zoomed in by up to 1.25. Most stay at scale 1, so that their sharpness is learnt."""
     n, device = len(index), pictures.device
     x = pictures[index].float()
@@ -151,7 +152,9 @@ def augment_photos(pictures: Tensor, index: Tensor, side: int, generator: torch.
         zero = torch.zeros_like(extent)
         theta = torch.stack((torch.stack((extent, zero, shift[0]), 1), torch.stack((zero, extent, shift[1]), 1)), 1)
         grid = F.affine_grid(theta, [count, 3, side, side], align_corners=False)
-        zoom = F.grid_sample(x[:count], grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 255)
+        zoom = F.grid_sample(x[:count], grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(
+            0, 255
+        )
         x = torch.cat((zoom, x[count:]))
     return torch.where((u[3] < 0.5)[:, None, None, None], x.flip(-1), x)
 
@@ -174,7 +177,9 @@ class Mixture:
     def __init__(self, folder: Path, weights: Mapping[str, float], side: int, device: torch.device) -> None:
         unknown = set(weights) - set(SETS)
         if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-            raise InputError(f"The mixture needs non-negative weights for some of {', '.join(SETS)}, got {dict(weights)}.")
+            raise InputError(
+                f"The mixture needs non-negative weights for some of {', '.join(SETS)}, got {dict(weights)}."
+            )
         total = sum(weights.values())
         self.weights = {name: w / total for name, w in weights.items() if w > 0}
         self.pictures = {name: read_split(SETS[name], folder, "train").to(device) for name in self.weights}

@@ -23,16 +23,26 @@ def psnr(estimate: Tensor, truth: Tensor) -> Tensor:
     return -10 * torch.log10(error.clamp_min(1e-12))
 
 
+def add_noise(pictures: Tensor, level: float, *, seed: int = 0, first: int = 0) -> Tensor:
+    """Add white noise of a level in [0, 1] to pictures (n, c, h, w) numbered from `first`; each number has its own stream."""
+    noise = torch.empty_like(pictures)
+    for i in range(len(pictures)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first + i)
+        noise[i] = torch.randn(pictures.shape[1:], generator=generator)
+    return pictures + level * noise
+
+
 @torch.no_grad()
-def denoising_psnr(prior: NetworkPrior, pictures: Tensor, level: float, *, seed: int = 0, batch: int = 100) -> Tensor:
-    """PSNR of each picture of [0, 1] after noise of a level in [0, 1] is added and removed; the noise does not depend on the batch."""
+def denoising_psnr(
+    prior: NetworkPrior, pictures: Tensor, level: float, *, seed: int = 0, first: int = 0, batch: int = 100
+) -> Tensor:
+    """PSNR of each picture in [0, 1] after `add_noise` and the prior's denoiser, dB, shape (n,); the same for any batch."""
     values = []
-    for i, clean in enumerate(pictures.split(batch)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        noisy = clean + level * torch.randn(clean.shape, generator=generator)
-        device = next(prior.network.parameters()).device
-        sigma = level / prior.decoder.scale
-        estimate = prior.decode(prior.denoise(prior.encode(noisy.to(device)), sigma))
+    device = next(prior.network.parameters()).device
+    for start in range(0, len(pictures), batch):
+        clean = pictures[start : start + batch]
+        noisy = add_noise(clean, level, seed=seed, first=first + start)
+        estimate = prior.decode(prior.denoise(prior.encode(noisy.to(device)), level / prior.decoder.scale))
         values.append(psnr(estimate.cpu(), clean))
     return torch.cat(values)
 
@@ -59,7 +69,9 @@ def validate(network: UNet, settings: Settings, data: Path, device: torch.device
     return f"validation PSNR (dB) at noise {LEVELS}: {'; '.join(parts)}"
 
 
-def measure_curvature(prior: NetworkPrior, settings: Settings, data: Path, device: torch.device, *, count: int = 400, levels: int = 24) -> FrequencyTable:
+def measure_curvature(
+    prior: NetworkPrior, settings: Settings, data: Path, device: torch.device, *, count: int = 400, levels: int = 24
+) -> FrequencyTable:
     """The frequency table of a prior on validation pictures, each data set by its share of `count`."""
     total = sum(settings.mixture.values())
     pictures = torch.cat(
@@ -69,14 +81,26 @@ def measure_curvature(prior: NetworkPrior, settings: Settings, data: Path, devic
         ]
     )
     sigmas = torch.logspace(
-        torch.tensor(settings.sigma_min).log10().item(), torch.tensor(settings.sigma_max).log10().item(), levels, dtype=torch.float64
+        torch.tensor(settings.sigma_min).log10().item(),
+        torch.tensor(settings.sigma_max).log10().item(),
+        levels,
+        dtype=torch.float64,
     )
     generator = torch.Generator(device=device).manual_seed(settings.seed)
     batches = (prior.encode(batch.to(device)) for batch in pictures.split(100))
     return FrequencyTable.measure(prior.denoise, batches, sigmas, generator=generator)
 
 
-def export(network: UNet, settings: Settings, progress: Progress, data: Path, out: Path, device: torch.device, *, count: int = 400) -> Path:
+def export(
+    network: UNet,
+    settings: Settings,
+    progress: Progress,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    count: int = 400,
+) -> Path:
     """Measure the curvature and write ``prior.toml`` and ``weights.safetensors``; returns the card's path."""
     prior = wrap(network, settings).to(device)
     prior.curvature = measure_curvature(prior, settings, data, device, count=count)

@@ -74,7 +74,9 @@ class Settings:
         positive = ("sigma_data", "p_std", "batch", "learning_rate", "seconds", "log_every", "validate_every")
         wrong = [f"{k} = {getattr(self, k)}" for k in positive if not getattr(self, k) > 0]
         if wrong or self.steps < 0 or not 0 < self.sigma_min < self.sigma_max:
-            raise InputError(f"Settings out of range: {', '.join(wrong) or 'steps must not be negative, and 0 < sigma_min < sigma_max'}.")
+            raise InputError(
+                f"Settings out of range: {', '.join(wrong) or 'steps must not be negative, and 0 < sigma_min < sigma_max'}."
+            )
 
     @property
     def identity(self) -> dict[str, object]:

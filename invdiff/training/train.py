@@ -22,7 +22,6 @@ from torch import Tensor
 
 from invdiff.errors import InputError
 from invdiff.networks.unet import UNet
-from invdiff.priors.diffusion import precondition
 from invdiff.training.checkpoint import Progress, load_state, pack, save_state, unpack
 from invdiff.training.data import Mixture
 from invdiff.training.export import export, validate
@@ -39,7 +38,9 @@ def draw_sigmas(n: int, settings: Settings, generator: torch.Generator) -> Tenso
     return (settings.p_mean + settings.p_std * normal).exp().clamp(settings.sigma_min, settings.sigma_max)
 
 
-def denoising_loss(network: Callable[[Tensor, Tensor], Tensor], z0: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
+def denoising_loss(
+    network: Callable[[Tensor, Tensor], Tensor], z0: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
+) -> Tensor:
     """EDM's weighted loss of each picture, shape (n,): the network's own mean squared error on a target of unit variance."""
     s = sigma[:, None, None, None]
     norm = (s**2 + sigma_data**2).sqrt()
@@ -85,7 +86,9 @@ class Trainer:
         self.network.to(device, memory_format=torch.channels_last if self.cuda else torch.contiguous_format)
         self.parameters = dict(self.network.named_parameters())
         self.average = {k: v.detach().clone() for k, v in self.parameters.items()}
-        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=self.cuda)
+        self.optimiser = torch.optim.Adam(
+            self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=self.cuda
+        )
         self.progress = Progress()
         self.mixture = Mixture(data, settings.mixture, settings.shape[1], device)
         self.forward = torch.compile(self.network) if compiled else self.network
@@ -162,7 +165,11 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             network = UNet(in_channels=self.settings.shape[0], **self.settings.network)
         network.load_state_dict(self.average)
-        return network.to(self.device, memory_format=torch.channels_last if self.cuda else torch.contiguous_format).eval().requires_grad_(False)  # noqa: FBT003
+        return (
+            network.to(self.device, memory_format=torch.channels_last if self.cuda else torch.contiguous_format)
+            .eval()
+            .requires_grad_(False)
+        )
 
     def save(self, folder: Path) -> None:
         """Write the training's state."""
@@ -265,7 +272,9 @@ def train(
     finished = used(progress, settings) >= 1
     if lead:
         trainer.save(out / "state")
-        log(f"state saved at step {progress.step}, {progress.elapsed:.0f} s of training, {used(progress, settings):.3f} of the budget")
+        log(
+            f"state saved at step {progress.step}, {progress.elapsed:.0f} s of training, {used(progress, settings):.3f} of the budget"
+        )
     if lead and finished:
         log(validate(trainer.averaged_network(), settings, data, device))
         export(trainer.averaged_network(), settings, progress, data, out, device)
@@ -277,12 +286,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of a training."""
     parser = argparse.ArgumentParser(description="Train a diffusion prior of pictures.")
     parser.add_argument("settings", type=Path, help="TOML file, e.g. priors/photos-64/train.toml")
-    parser.add_argument("--data", type=Path, default=os.environ.get("INVDIFF_DATA"), help="folder of the pictures (or INVDIFF_DATA)")
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("INVDIFF_DATA"), help="folder of the pictures (or INVDIFF_DATA)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the state and the finished prior")
     parser.add_argument("--seconds", type=float, help="training time in all, over all commands")
     parser.add_argument("--steps", type=int, help="bound on the steps in all")
     parser.add_argument("--batch", type=int, help="pictures a step over all processes")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which this command stops and saves")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds after which this command stops and saves"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

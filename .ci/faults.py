@@ -1,0 +1,143 @@
+"""Seed faults one at a time and see a named test fail for each: `python .ci/faults.py`, after `pip install -e ".[test]"`.
+
+Each fault is planted in a copy of the tree; the checkout is not touched. Every named test must pass without the fault.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FAULTS = [
+    # what goes wrong, file, text, its faulty form, the test that sees it
+    (
+        "a gradient's sign",
+        "invdiff/likelihoods/gaussian.py",
+        "self.operator.adjoint(w / self._std(w))",
+        "-self.operator.adjoint(w / self._std(w))",
+        "tests/test_likelihoods.py::test_gaussian_is_the_normal_density",
+    ),
+    (
+        "a missing 1/2",
+        "invdiff/likelihoods/gaussian.py",
+        "return -0.5 * self.deviance(x)",
+        "return -self.deviance(x)",
+        "tests/test_likelihoods.py::test_gaussian_is_the_normal_density",
+    ),
+    (
+        "the wrong boundary in an adjoint",
+        "invdiff/operators/boundary.py",
+        "core.narrow(dim, 1, before).add_(head.flip(dim))",
+        "core.narrow(dim, 0, before).add_(head.flip(dim))",
+        "tests/test_operators.py::test_contract",
+    ),
+    (
+        "an unpermuted state: resampled draws that stay where they were",
+        "invdiff/solution.py",
+        "torch.stack([row[index] for row, index in zip(x, ancestors, strict=True)])",
+        "torch.stack([row for row, index in zip(x, ancestors, strict=True)])",
+        "tests/test_solution.py::test_weighted_draws_are_resampled_within_their_chain",
+    ),
+    (
+        "a dropped weight",
+        "invdiff/samplers/importance.py",
+        "return Draws(z=state.z, log_weights=log_weights,",
+        "return Draws(z=state.z, log_weights=0.0 * log_weights,",
+        "tests/test_exactness.py::test_importance_sampling_is_exact_on_the_plane_with_its_evidence",
+    ),
+    (
+        "[0, 1] for [-1, 1]: the decoder's offset left in the measurement",
+        "invdiff/posterior.py",
+        "if decoder.offset:",
+        "if False:",
+        "tests/test_posterior.py::test_the_linear_problem_is_the_composition_less_its_offset",
+    ),
+    (
+        "one noise for all particles",
+        "invdiff/noise.py",
+        "            slot[:, None],",
+        "            0 * slot[:, None],",
+        "tests/test_noise.py::test_streams_are_independent_of_each_other",
+    ),
+    (
+        "measurements handed to the wrong problems' particles",
+        "invdiff/posterior.py",
+        ".repeat_interleave(m // p)",
+        ".repeat(m // p)",
+        "tests/test_posterior.py::test_company_and_micro_batches_do_not_change_draws",
+    ),
+    (
+        "a multistep solver that extrapolates the wrong way",
+        "invdiff/integrators/dpm_solver.py",
+        "(1.0 + half_over_r) * d - half_over_r * memory",
+        "(1.0 - half_over_r) * d + half_over_r * memory",
+        "tests/test_integrators.py::test_order_of_convergence",
+    ),
+    (
+        "moment matching without sigma^2",
+        "invdiff/samplers/pigdm.py",
+        "lambda v: sigma**2 * block.vjp(v)",
+        "lambda v: sigma * block.vjp(v)",
+        "tests/test_samplers.py::test_the_guided_denoiser_is_that_of_the_posterior",
+    ),
+    (
+        "noise of an exact inner draw left out",
+        "invdiff/samplers/daps.py",
+        "- rows.noise_std.to(x.dtype) * eps",
+        "- 0.0 * eps",
+        "tests/test_samplers.py::test_daps_exact_inner_draws_from_its_gaussian",
+    ),
+    (
+        "the wrong plotting positions in an interval",
+        "invdiff/metrics/ensemble.py",
+        "position = q * (n + 1)",
+        "position = q * (n - 1) + 1",
+        "tests/test_metrics.py::test_quantile_is_weibulls",
+    ),
+    (
+        "the steps of a resumed run drawn from the streams of the first ones",
+        "invdiff/driver.py",
+        "sampler.step(posterior, state, noise=noise.at(state.step + 1))",
+        "sampler.step(posterior, state, noise=noise.at(len(trace) + 1))",
+        "tests/test_driver.py::test_a_resumed_run_gives_the_draws_of_the_uncut_one",
+    ),
+]
+
+
+def passes(root: Path, test: str) -> bool:
+    """Whether a test passes in a tree."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider", test]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, check=False).returncode == 0
+
+
+def main() -> int:
+    """Plant every fault and tell what saw it."""
+    source = Path(__file__).resolve().parent.parent
+    unseen = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "tree"
+        shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".carry"))
+        for name, file, text, faulty, test in FAULTS:
+            path = root / file
+            right = path.read_text(encoding="utf-8")
+            if right.count(text) != 1:
+                print(f"STALE   {name}: {file} holds {text!r} {right.count(text)} times")
+                unseen.append(name)
+                continue
+            sound = passes(root, test)
+            path.write_text(right.replace(text, faulty), encoding="utf-8")
+            caught = not passes(root, test)
+            path.write_text(right, encoding="utf-8")
+            verdict = "caught " if sound and caught else "UNSEEN " if sound else "BROKEN "
+            print(f"{verdict} {name}: {test}", flush=True)
+            if not (sound and caught):
+                unseen.append(name)
+    print(f"{len(FAULTS) - len(unseen)} of {len(FAULTS)} faults caught")
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
