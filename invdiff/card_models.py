@@ -4,16 +4,19 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from invdiff.errors import CatalogueError, InputError
 
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+# Strict: TOML has numbers, so that text or a truth value in a number's place is a mistake.
+Positive = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class _Card(BaseModel):
@@ -33,7 +36,7 @@ class MotionKernel(_Card):
 
     type: Literal["motion"]
     size: Count
-    intensity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    intensity: Annotated[float, Field(strict=True, ge=0.0, le=1.0)] = 0.5
     seed: Index | None = None
     seeds: Count = 8
 
@@ -49,7 +52,7 @@ class RandomMask(_Card):
     """Pixels observed at random; without a seed it follows the index, modulo `seeds`."""
 
     type: Literal["random"]
-    observed: Annotated[float, Field(gt=0.0, le=1.0)]
+    observed: Annotated[float, Field(strict=True, gt=0.0, le=1.0)]
     seed: Index | None = None
     seeds: Count = 8
 
@@ -58,8 +61,8 @@ class BoxMask(_Card):
     """A missing box, its side a share of the picture's shorter side, placed by a seed; in the centre with `centred`."""
 
     type: Literal["box"]
-    side: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    centred: bool = False
+    side: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.5
+    centred: Flag = False
     seed: Index | None = None
     seeds: Count = 8
 
@@ -90,7 +93,7 @@ class DownsamplingCard(_Card):
     """Anti-aliased bicubic down-sampling."""
 
     type: Literal["Downsampling"]
-    factor: Annotated[int, Field(ge=2)]
+    factor: Annotated[int, Field(strict=True, ge=2)]
 
 
 OperatorCard = Annotated[BlurCard | InpaintingCard | DownsamplingCard, Field(discriminator="type")]
@@ -114,7 +117,7 @@ class ProblemCard(_Card):
     """A benchmark problem."""
 
     name: str
-    version: int
+    version: Index
     title: str
     description: str
     operator: OperatorCard
@@ -143,7 +146,7 @@ class DataCard(_Card):
     """A data set: where it comes from, and how it is read."""
 
     name: str
-    version: int
+    version: Index
     title: str
     source: str
     licence: str
@@ -154,6 +157,19 @@ class DataCard(_Card):
     side: Count | None = None
     columns: Count | None = None
     splits: Mapping[str, tuple[Index, Index]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        """Check that the reader finds what it needs, and that the splits lie inside the files."""
+        if self.reader == "skimage" and not self.entries:
+            raise ValueError("the reader 'skimage' needs entries")
+        counts = [f.count for f in self.files if f.count is not None]
+        if self.reader == "tiles" and (None in (self.side, self.columns) or not 0 < len(self.files) == len(counts)):
+            raise ValueError("the reader 'tiles' needs side, columns, and files with a count each")
+        for name, (first, last) in self.splits.items():
+            if first >= last or (self.reader == "tiles" and last > sum(counts)):
+                raise ValueError(f"the split {name!r} from {first} to {last} is empty or ends after the last picture")
+        return self
 
 
 class PriorCard(_Card):
@@ -179,22 +195,25 @@ Card = ProblemCard | DataCard | PriorCard
 MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard, "priors": PriorCard}
 
 
-_TAGS = {"Blur", "Inpainting", "Downsampling", "gaussian", "motion", "file", "random", "box"}
+_UNIONS = {"operator", "kernel", "mask"}
 
 
 def _explain(error: ValidationError) -> str:
     lines = []
     for e in error.errors():
-        # The tags of union members stand in the location; they are no fields.
-        field = ".".join(str(p) for p in e["loc"] if p not in _TAGS)
+        loc = [str(part) for part in e["loc"]]
+        # After a field that holds one of several types stands the type's name, which is no field.
+        field = ".".join(part for before, part in zip(["", *loc], loc, strict=False) if before not in _UNIONS)
         what = "is not a field of this card" if e["type"] == "extra_forbidden" else e["msg"][:1].lower() + e["msg"][1:]
-        given = "" if e["type"] in ("missing", "extra_forbidden") else f", got {e['input']!r}"
+        what = what.removeprefix("value error, ")
+        # A whole table is no help.
+        given = "" if isinstance(e["input"], Mapping) or e["type"] == "extra_forbidden" else f", got {e['input']!r}"
         lines.append(f"{field or 'the card'}: {what}{given}")
     return "; ".join(lines)
 
 
 def validate(values: Mapping[str, Any], kind: str, where: str) -> Card:
-    """A card from plain values; `where` names their origin in errors.
+    """Check plain values and make a card of them; `where` names their origin in errors.
 
     Raises
     ------
@@ -210,7 +229,7 @@ def validate(values: Mapping[str, Any], kind: str, where: str) -> Card:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Plain values of a TOML file.
+    """Read the plain values of a TOML file.
 
     Raises
     ------
@@ -231,7 +250,7 @@ def read_card(path: Path, kind: str) -> Card:
 
 
 def override(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a card with some replaced by dotted name, e.g. ``{"noise.std": 0.1}``.
+    """Replace some of a card's values by dotted name, e.g. ``{"noise.std": 0.1}``.
 
     A kernel or mask may be given as a file's path: ``{"operator.kernel": "kernel.png"}``.
 
@@ -240,7 +259,7 @@ def override(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     InputError
         If a name leads through something that is no table.
     """
-    result: dict[str, Any] = json.loads(json.dumps(values))
+    result = deepcopy(dict(values))
     for name, value in settings.items():
         *path, last = name.split(".")
         table = result
@@ -248,11 +267,11 @@ def override(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise InputError(f"{name}: {part} is a value, not a table of settings.")
-        is_file = last in ("kernel", "mask") and isinstance(value, str)
-        table[last] = {"type": "file", "path": value} if is_file else value
+        is_file = last in ("kernel", "mask") and isinstance(value, str | Path)
+        table[last] = {"type": "file", "path": str(value)} if is_file else value
     return result
 
 
 def card_hash(card: BaseModel) -> str:
-    """Hash of a card's content."""
+    """Hash a card's content, defaults included: SHA-256, hexadecimal; the file's layout and comments do not enter."""
     return hashlib.sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

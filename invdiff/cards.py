@@ -12,7 +12,7 @@ KINDS = {"problems": "problem", "priors": "prior", "data": "data set"}
 
 @cache
 def catalogue_root() -> Path:
-    """The repository's root in a checkout, which wins; else the catalogue inside the installed package."""
+    """Find the catalogue: the repository's root in a checkout, which wins; else inside the installed package."""
     package = Path(str(files("invdiff")))
     checkout = package.parent
     if all((checkout / kind).is_dir() for kind in KINDS) and (checkout / "pyproject.toml").is_file():
@@ -30,17 +30,17 @@ def _cards(kind: str) -> dict[str, Path]:
 
 
 def names(kind: str) -> list[str]:
-    """Names in the catalogue of a kind: "problems", "priors" or "data"."""
+    """List the names in the catalogue of a kind: "problems", "priors" or "data"."""
     return sorted(_cards(kind))
 
 
 def find(kind: str, name_or_path: str | Path) -> Path:
-    """Path of a card: of the catalogue by its name, or a user's own by its path (a prior's by its folder too).
+    """Find a card: of the catalogue by its name, or a user's own by its path (a prior's by its folder too).
 
     Raises
     ------
     CatalogueError
-        If there is no such name; the nearest ones are offered.
+        If there is no such kind or name; the nearest ones are offered.
     InputError
         If a path was given and there is no card.
     """

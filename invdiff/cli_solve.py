@@ -11,7 +11,7 @@ from invdiff.driver import Sampler
 from invdiff.errors import CatalogueError, InputError
 from invdiff.posterior import PRECISIONS, Posterior
 from invdiff.solution import Solution
-from invdiff.solve import as_device, check_able, choose_sampler, sampler_by_name, solve
+from invdiff.solve import as_device, check_able, choose_sampler, choose_variant, sampler_by_name, solve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,6 +84,8 @@ def run_solve(request: Request) -> None:
     if sampler is None:
         sampler, reason = choose_sampler(posterior)
         sampler = apply(sampler, settings["sampler"] | _steps(request))
+    elif not any(key.startswith("covariance") for key in settings["sampler"]):
+        sampler = apply(choose_variant(type(sampler), posterior), settings["sampler"] | _steps(request))
     check_able(sampler, posterior)
 
     pad = "" if grid == shape else f", on {_size(grid)} (padded for the network, cropped back)"

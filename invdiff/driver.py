@@ -3,8 +3,8 @@
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -188,14 +188,15 @@ def run(
     with torch.no_grad():
         state = sampler.init(posterior, ensembles, n, noise=noise.at(0))
     if checkpoint is not None and checkpoint.exists():
-        state, before = load_checkpoint(checkpoint, state, identity)
-        before -= evaluations()
+        state, trace = load_checkpoint(checkpoint, state, identity)
+        before = trace[-1].evaluations - evaluations() if trace else 0.0
+    resumed = len(trace)
     saved = time.perf_counter()
     bar = _Bar(progress)
     try:
         while not sampler.done(state):
             elapsed, made = time.perf_counter() - start, before + evaluations()
-            per_step = (made - before) / max(1, len(trace)) if trace else 0.0
+            per_step = evaluations() / (len(trace) - resumed) if len(trace) > resumed else 0.0
             if budget.max_seconds is not None and elapsed >= budget.max_seconds:
                 stopped = f"max_seconds={budget.max_seconds:g} reached"
             elif budget.max_evaluations is not None and made + per_step > budget.max_evaluations:
@@ -216,17 +217,17 @@ def run(
             if callback is not None:
                 callback(state, info)
             if checkpoint is not None and time.perf_counter() - saved >= checkpoint_every:
-                save_checkpoint(checkpoint, state, identity, info.evaluations)
+                save_checkpoint(checkpoint, state, identity, trace)
                 saved = time.perf_counter()
     except KeyboardInterrupt:
         if checkpoint is not None:
-            save_checkpoint(checkpoint, state, identity, before + evaluations())
+            save_checkpoint(checkpoint, state, identity, trace)
         raise
     finally:
         bar.close()
     if stopped and not sampler.anytime:
         if checkpoint is not None:
-            save_checkpoint(checkpoint, state, identity, before + evaluations())
+            save_checkpoint(checkpoint, state, identity, trace)
         kept = f" Its last step is kept in {checkpoint}." if checkpoint is not None else ""
         raise SamplingError(
             f"{type(sampler).__name__} was stopped at {100 * sampler.progress(state):.0f} % ({stopped}); "
@@ -239,8 +240,8 @@ def run(
     return Outcome(draws=draws, trace=tuple(trace), seconds=time.perf_counter() - start, stopped=stopped)
 
 
-def save_checkpoint(path: Path, state: State, identity: str, evaluations: float) -> None:
-    """Write a state to a safetensors file, whole or not at all."""
+def save_checkpoint(path: Path, state: State, identity: str, trace: Sequence[Info]) -> None:
+    """Write a state and the trace to it to a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     values = {f.name: getattr(state, f.name) for f in fields(state)}
@@ -251,15 +252,15 @@ def save_checkpoint(path: Path, state: State, identity: str, evaluations: float)
         save_file(
             tensors,
             partial,
-            metadata={"identity": identity, "rest": json.dumps(rest), "evaluations": repr(evaluations)},
+            metadata={"identity": identity, "rest": json.dumps(rest), "trace": json.dumps([asdict(i) for i in trace])},
         )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, template: State, identity: str) -> tuple[State, float]:
-    """State and evaluations from a checkpoint of the same run."""
+def load_checkpoint(path: Path, template: State, identity: str) -> tuple[State, list[Info]]:
+    """State and trace from a checkpoint of the same run."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -275,7 +276,8 @@ def load_checkpoint(path: Path, template: State, identity: str) -> tuple[State, 
             f"{path} belongs to another run (other problem, prior, sampler, draws or seed); "
             "remove it or name another file."
         )
-    return replace(template, **tensors, **json.loads(meta["rest"])), float(meta["evaluations"])
+    trace = [Info(**entry) for entry in json.loads(meta["trace"])]
+    return replace(template, **tensors, **json.loads(meta["rest"])), trace
 
 
 class _Bar:

@@ -423,6 +423,7 @@ class Posterior:
                         trace=outcome.trace,
                         about=own,
                         seed=stream_key(seed, self._keys[i], "resample"),
+                        micro_batch=self.micro_batch,
                     )
                 )
         return solutions[0] if self._single else solutions
@@ -556,7 +557,7 @@ class Posterior:
             "micro_batch": self.micro_batch or 0,
             "seconds": seconds,
             "problems_in_run": self.problems,
-            "evaluations_per_draw": count.denoiser / total,
+            "evaluations_per_draw": outcome.trace[-1].evaluations if outcome.trace else count.denoiser / total,
             "backward_evaluations_per_draw": count.denoiser_vjp / total,
             "likelihood_evaluations_per_draw": (count.likelihood + count.likelihood_grad) / total,
             "stopped": outcome.stopped or "",

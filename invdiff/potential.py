@@ -39,13 +39,13 @@ class LinearGaussian:
     noise_std
         Scalar or diagonal, measurement's units, float64.
     tables
-        What `correction` has measured of the operator, by basis; shared by all `rows`.
+        What was measured of the operator: its norm (under None), and for `correction` by basis; shared by all `rows`.
     """
 
     operator: LinearOperator
     measurement: Tensor
     noise_std: Tensor
-    tables: dict[Curvature, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    tables: dict[Curvature | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def scalar_variance(self) -> float | None:
@@ -99,15 +99,14 @@ class LinearGaussian:
             lambda v: variance * v + A(apply(A.adjoint(v))), r, rtol=rtol, max_iterations=max_iterations
         )
 
-
     def correction(
-        self, r: Tensor, curvature: Curvature, sigma: float, *, atol: float = 1e-3, max_iterations: int = 200
+        self, r: Tensor, curvature: Curvature, sigma: float, *, atol: float | None = None, max_iterations: int = 400
     ) -> Tensor:
         """C A^T (R + A C A^T)^{-1} r, with C the curvature's covariance at sigma.
 
-        It is the x that solves (C^{-1} + A^T R^{-1} A) x = A^T R^{-1} r, by conjugate gradients with the diagonal of that
-        matrix in the curvature's basis as the preconditioner: a few iterations for operators that are nearly diagonal
-        there, as a blur in the Fourier basis is for any boundary.
+        It is the x that solves (C^{-1} + A^T R^{-1} A) x = A^T R^{-1} r, by conjugate gradients with the diagonal of
+        that matrix in the curvature's basis as the preconditioner: a few iterations for operators that are nearly
+        diagonal there, as a blur in the Fourier basis is for any boundary.
 
         Parameters
         ----------
@@ -116,10 +115,13 @@ class LinearGaussian:
         curvature, sigma
             Error covariance of the denoiser, and where it is taken.
         atol
-            Root-mean-square error of the result in units of the standard deviation of z_0 given z_sigma and y.
+            Root-mean-square error of the result in units of the standard deviation of z_0 given z_sigma and y; 1e-3
+            in float32 and 1e-11 in float64 if None, since a solution cut short answers to the last bit of its input
+            with a share of its tolerance.
         max_iterations
             Bound on the iterations.
         """
+        atol = (1e-11 if r.dtype == torch.float64 else 1e-3) if atol is None else atol
         A, variance = self.operator, (self.noise_std**2).to(r.dtype)
         c = curvature.variance(sigma).to(r)
         inverse = 1.0 / c.clamp_min(1e-12 * float(c.max()))  # values that the prior fixes stay fixed
@@ -135,6 +137,12 @@ class LinearGaussian:
         return conjugate_gradient(
             precision, b, precondition=precondition, rtol=0.0, atol=atol, max_iterations=max_iterations
         )
+
+    def norm(self) -> float:
+        """Largest singular value of A; worked out once."""
+        if None not in self.tables:
+            self.tables[None] = torch.tensor(self.operator.norm(), dtype=torch.float64)
+        return float(self.tables[None])
 
     def _gram_diagonal(self, curvature: Curvature, probes: int = 16) -> Tensor:
         """Diagonal of A^T R^{-1} A in the curvature's basis, by random signs (Bekas et al. 2007); measured once."""
@@ -192,7 +200,7 @@ class Noised(Path):
             def solve(r: Tensor) -> Tensor:
                 return svd.outer(lambda t: 1.0 / (R + extra * t), r)
         else:
-            variance = linear.noise_std**2 + extra * A.norm() ** 2
+            variance = linear.noise_std**2 + extra * linear.norm() ** 2
             log_det = float(torch.broadcast_to(variance, A.out_shape).log().sum())
 
             def solve(r: Tensor) -> Tensor:

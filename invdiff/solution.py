@@ -87,6 +87,7 @@ class Solution:
         trace: Sequence[Info],
         about: Mapping[str, Any],
         seed: int,
+        micro_batch: int | None = None,
     ) -> Self:
         """Build the solution of one problem from the ensembles ``part`` of a run's draws."""
         x = decode(draws.z[part])
@@ -97,6 +98,7 @@ class Solution:
             ancestors = systematic_resample(weights, noise.shared())
             x = torch.stack([row[index] for row, index in zip(x, ancestors, strict=True)])
         flat = x.reshape(-1, *x.shape[2:])
+        deviance = torch.cat([likelihood.deviance(rows) for rows in torch.split(flat, micro_batch or len(flat))])
         measured = getattr(likelihood, "measurement", None)
         return cls(
             event=event,
@@ -106,7 +108,7 @@ class Solution:
             ancestors=None if ancestors is None else ancestors.cpu(),
             chain_log_evidence=None if draws.log_evidence is None else draws.log_evidence[part].cpu(),
             is_chain=draws.is_chain,
-            deviance=likelihood.deviance(flat).reshape(x.shape[:2]).cpu(),
+            deviance=deviance.reshape(x.shape[:2]).cpu(),
             trace=tuple(trace),
             measurement=None if measured is None else measured[0].cpu(),
             likelihood=likelihood,

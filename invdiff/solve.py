@@ -10,7 +10,7 @@ import torch
 
 from invdiff import samplers
 from invdiff.driver import Budget, Callback, Sampler
-from invdiff.errors import CapabilityError, CatalogueError, InputError
+from invdiff.errors import CapabilityError, CatalogueError, InputError, SamplingError
 from invdiff.posterior import Posterior
 from invdiff.priors.base import DiffusionPrior, MaskedPrior
 from invdiff.priors.loading import load_prior
@@ -138,7 +138,8 @@ def solve(
     prior
         A prior, or the name of a shipped one or a path to one.
     sampler
-        A sampler or its name; chosen by what the problem and the prior can do if None, and the provenance says why.
+        A sampler; or its name, for its default settings (PiGDM's covariance is Spectral where the prior has a
+        curvature); chosen by what the problem and the prior can do if None. The provenance says why.
     draws, chains
         Draws in a chain, and independent chains (ensembles).
     seed
@@ -163,7 +164,8 @@ def solve(
     CapabilityError
         If the sampler cannot do the problem; names samplers that can.
     SamplingError
-        If the run fails or hits a bound before it has draws; ``partial`` holds the solutions of complete batches.
+        If the run fails or hits a bound before it has draws; ``partial`` holds the solutions of complete batches, as it
+        does on a KeyboardInterrupt.
     CatalogueError
         If a name is unknown.
     """
@@ -172,8 +174,7 @@ def solve(
         problem = load_problem(problem)
     if isinstance(prior, (str, Path)):
         prior = load_prior(prior)
-    if isinstance(sampler, str):
-        sampler = sampler_by_name(sampler)
+    named = type(sampler_by_name(sampler)) if isinstance(sampler, str) else None
     single = isinstance(problem, Problem)
     problems = [problem] if isinstance(problem, Problem) else list(problem)
     if together is not None and together < 1:
@@ -188,7 +189,12 @@ def solve(
             posterior = Posterior(
                 batch, prior, device=place, dtype=dtype, micro_batch=micro_batch, precision=precision, compile=compile
             )
-            chosen, reason = (sampler, "given") if sampler is not None else choose_sampler(posterior)
+            if named is not None:
+                chosen, reason = choose_variant(named, posterior), "given by name"
+            elif isinstance(sampler, Sampler):
+                chosen, reason = sampler, "given"
+            else:
+                chosen, reason = choose_sampler(posterior)
             check_able(chosen, posterior)
             solutions = posterior.sample(
                 chosen,
@@ -202,11 +208,8 @@ def solve(
             )
             for p, s in zip(batch, solutions if isinstance(solutions, list) else [solutions], strict=True):
                 done.append(s.because(reason).with_reference(p.reference))
-    except (InputError, CapabilityError):
-        raise
-    except Exception as error:
-        if hasattr(error, "partial"):
-            error.partial = done or None
+    except (SamplingError, KeyboardInterrupt) as stop:
+        stop.partial = done or None  # type: ignore[union-attr]  # an interruption carries it, too
         raise
     if not problems:
         raise InputError("There is no problem to solve; pass one or several.")

@@ -309,9 +309,10 @@ def test_help_and_usage(capsys):
 
 
 def test_settings_reach_into_strategies():
-    settings = parse(["sampler.covariance.rtol=.1", "sampler.covariance=Spectral", "sampler.levels.sigma_max=10"])
+    words = ["sampler.covariance.max_iterations=7", "sampler.covariance=Spectral", "sampler.levels.sigma_max=10"]
+    settings = parse(words)
     sampler = apply(PiGDM(), settings["sampler"])
-    assert type(sampler.covariance).__name__ == "Spectral" and sampler.covariance.rtol == 0.1
+    assert type(sampler.covariance).__name__ == "Spectral" and sampler.covariance.max_iterations == 7
     assert sampler.levels.sigma_max == 10.0 and isinstance(sampler.levels.sigma_max, float)
     for bad in ({"steps": True}, {"steps": 2.5}, {"steps.a": 1}, {"levels.rho": "x"}, {"levels": 3}):
         with pytest.raises(InputError):

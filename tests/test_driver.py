@@ -147,8 +147,9 @@ def test_a_resumed_run_gives_the_draws_of_the_uncut_one(tmp_path, cut):
     resumed = run(Walk(), checkpoint=path, identity="a", callback=lambda s, i: seen.append((s.step, i.evaluations)))
     assert torch.equal(resumed.draws.z, run(Walk()).draws.z)
     assert [step for step, _ in seen] == list(range(cut, 7))
-    # The interrupted step was paid for, too.
-    assert [e for _, e in seen] == [2.0 * (step + 1) for step, _ in seen]
+    # The trace is that of the uncut run: what the interrupted step cost is not a cost of the draws.
+    assert [e for _, e in seen] == [2.0 * step for step, _ in seen]
+    assert resumed.trace == run(Walk()).trace
     assert not path.exists(), "a complete run leaves no checkpoint"
 
 
@@ -171,9 +172,10 @@ def test_a_checkpoint_round_trips_bit_by_bit(tmp_path):
     path = tmp_path / "run.safetensors"
     z = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for state in (WalkState(z=z, step=4, last=z), WalkState(z=z[:, :, ::2], step=0)):
-        save_checkpoint(path, state, "id", 2.5)
-        back, evaluations = load_checkpoint(path, WalkState(z=torch.zeros(1)), "id")
-        assert evaluations == 2.5
+        trace = [Info(sigma=0.5, misfit=1.25, evaluations=2.5)]
+        save_checkpoint(path, state, "id", trace)
+        back, kept = load_checkpoint(path, WalkState(z=torch.zeros(1)), "id")
+        assert kept == trace
         assert torch.equal(back.z, state.z)
         assert back.step == state.step
         assert (back.last is None) == (state.last is None)
@@ -182,7 +184,7 @@ def test_a_checkpoint_round_trips_bit_by_bit(tmp_path):
 
 def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
-    save_checkpoint(path, WalkState(z=torch.zeros(2, 4, 3), step=2), "other", 4.0)
+    save_checkpoint(path, WalkState(z=torch.zeros(2, 4, 3), step=2), "other", [])
     before = path.read_bytes()
     with pytest.raises(InputError, match="belongs to another run"):
         run(Walk(), checkpoint=path, identity="a")
@@ -192,7 +194,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     path = tmp_path / "run.safetensors"
-    save_checkpoint(path, WalkState(z=torch.zeros(2, 4, 3), step=2), "a", 4.0)
+    save_checkpoint(path, WalkState(z=torch.zeros(2, 4, 3), step=2), "a", [])
     if damage == "foreign":
         save_file({"weight": torch.zeros(2)}, path)
     else:
@@ -211,7 +213,7 @@ def test_a_checkpoint_without_a_folder_is_refused_before_the_run(tmp_path):
 
 def test_a_checkpoint_holds_tensors_and_text_alone(tmp_path):
     path = tmp_path / "run.safetensors"
-    save_checkpoint(path, WalkState(z=torch.ones(1, 2), step=3), "a", 1.0)
+    save_checkpoint(path, WalkState(z=torch.ones(1, 2), step=3), "a", [])
     assert set(load_file(path)) == {"z"}
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     assert header["__metadata__"]["identity"] == "a"
@@ -219,7 +221,7 @@ def test_a_checkpoint_holds_tensors_and_text_alone(tmp_path):
 
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
-    save_checkpoint(path, WalkState(z=torch.ones(1, 2), step=3), "a", 1.0)
+    save_checkpoint(path, WalkState(z=torch.ones(1, 2), step=3), "a", [])
     before = path.read_bytes()
 
     def replace(self: Path, target: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, WalkState(z=torch.zeros(1, 2), step=4), "a", 2.0)
+        save_checkpoint(path, WalkState(z=torch.zeros(1, 2), step=4), "a", [])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 

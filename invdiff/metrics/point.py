@@ -1,20 +1,41 @@
 """Scores of one estimate against a truth."""
 
+from math import inf, log10
+
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from invdiff.errors import ShapeError
 
 
-def psnr(x: Tensor, truth: Tensor, data_range: float = 1.0) -> float:
-    """Peak signal-to-noise ratio, dB; neither is clipped. Infinite for equal ones."""
+def psnr(x: Float[Tensor, "*event"], truth: Float[Tensor, "*event"], data_range: float = 1.0) -> float:
+    """Peak signal-to-noise ratio, dB; neither is clipped. Infinite for equal ones.
+
+    Parameters
+    ----------
+    x, truth
+        Of one shape.
+    data_range
+        Span of the values, 1 for pictures in [0, 1].
+
+    Raises
+    ------
+    ShapeError
+        If they differ in shape.
+    """
+    if x.shape != truth.shape:
+        raise ShapeError(f"PSNR compares values of one shape, got {tuple(x.shape)} and {tuple(truth.shape)}.")
     error = float((x.double() - truth.double()).square().mean())
-    return float("inf") if error == 0.0 else float(10.0 * torch.log10(torch.tensor(data_range**2 / error, dtype=torch.float64)))
+    return inf if error == 0.0 else 20.0 * log10(data_range) - 10.0 * log10(error)
 
 
-def ssim(x: Tensor, truth: Tensor, data_range: float = 1.0) -> float:
-    """Structural similarity (Wang et al. 2004), Gaussian window of standard deviation 1.5, mean over pixels and channels.
+def ssim(x: Float[Tensor, "c h w"], truth: Float[Tensor, "c h w"], data_range: float = 1.0) -> float:
+    """Structural similarity (Wang et al. 2004), Gaussian window, mean over pixels and channels.
+
+    The window has a standard deviation of 1.5 pixels and 11 x 11 taps and population moments; the mean is over the
+    pixels whose window lies inside the picture, five from each border, so no rule for the border enters.
 
     Parameters
     ----------
@@ -29,7 +50,10 @@ def ssim(x: Tensor, truth: Tensor, data_range: float = 1.0) -> float:
         If they are not two pictures of one such shape.
     """
     if x.shape != truth.shape or x.ndim != 3 or min(x.shape[1:]) < 11:
-        raise ShapeError(f"SSIM needs two pictures (c, h, w) of one shape with sides of at least 11, got {x.shape}, {truth.shape}.")
+        raise ShapeError(
+            "SSIM needs two pictures (c, h, w) of one shape with sides of at least 11, "
+            f"got {tuple(x.shape)} and {tuple(truth.shape)}."
+        )
     a, b = x.double()[:, None], truth.double()[:, None]
     t = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
     w = torch.exp(-0.5 * (t / 1.5) ** 2)

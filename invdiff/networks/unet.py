@@ -1,15 +1,17 @@
 r"""A small U-Net for denoising, fully convolutional, in the line of ADM and EDM.
 
-Each level runs residual blocks (GroupNorm - SiLU - 3x3 convolution, twice) with scale and shift from an embedding of the noise level, and
-on coarse levels self-attention without positions, so that pictures of any size whose sides are divisible by the total stride are served.
-Sums of two branches are scaled by 1/sqrt(2), and the last convolution of each branch starts at zero (Karras et al. 2022, arXiv:2206.00364,
-table 7 and appendix F.2; Dhariwal & Nichol 2021, arXiv:2105.05233).
+Each level runs residual blocks (GroupNorm - SiLU - 3x3 convolution, twice) with scale and shift from an embedding of
+the noise level, and on coarse levels self-attention without positions, so that pictures of any size whose sides are
+divisible by the total stride are served. Sums of two branches are scaled by 1/sqrt(2), and the last convolution of
+each branch starts at zero (Karras et al. 2022, arXiv:2206.00364, table 7 and appendix F.2; Dhariwal & Nichol 2021,
+arXiv:2105.05233).
 
-It departs from both to spend a small budget where denoising at moderate noise needs it, on the finest levels: the encoder hands over one
-skip a level, not one a block, and the coarsest level has no decoder half.
+It departs from both to spend a small budget where denoising at moderate noise needs it, on the finest levels: the
+encoder hands over one skip a level, not one a block, and the coarsest level has no decoder half.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import sqrt
 
 import torch
@@ -126,7 +128,8 @@ class UNet(nn.Module):
     channels
         Width of each level, finest first; each must be divisible by `groups`, and by 32 where there is attention.
     blocks
-        Residual blocks of each level, on the way down and again on the way up; one number for all levels, or one a level.
+        Residual blocks of each level, on the way down and again on the way up; one number for all levels, or one a
+        level.
     attention
         Whether a level has self-attention.
     embedding
@@ -153,7 +156,8 @@ class UNet(nn.Module):
         per_level = (blocks,) * len(channels) if isinstance(blocks, int) else tuple(blocks)
         if not len(channels) == len(per_level) == len(attention) or min(per_level, default=0) < 1:
             raise InputError(
-                f"Give channels, blocks (at least 1) and attention for each level, got {tuple(channels)}, {per_level}, {tuple(attention)}."
+                f"Give channels, blocks (at least 1) and attention for each level, got {tuple(channels)}, {per_level}, "
+                f"{tuple(attention)}."
             )
         if any(c % groups for c in channels):
             raise InputError(f"Channels {tuple(channels)} must be divisible by the {groups} groups.")
@@ -163,7 +167,7 @@ class UNet(nn.Module):
         self.conv_in = _conv(in_channels, channels[0])
         self.encoder = nn.ModuleList(Stage(c, c, b, embedding, groups, attention=a) for c, b, a in levels)
         self.decoder = nn.ModuleList(Stage(2 * c, c, b, embedding, groups, attention=a) for c, b, a in levels[:-1])
-        steps = list(zip(channels[:-1], channels[1:], strict=True))
+        steps = list(pairwise(channels))
         self.down = nn.ModuleList(_conv(fine, coarse) for fine, coarse in steps)
         self.up = nn.ModuleList(_conv(coarse, fine) for fine, coarse in steps)
         self.norm_out, self.conv_out = nn.GroupNorm(groups, channels[0]), _conv(channels[0], in_channels, zero=True)

@@ -6,6 +6,7 @@ r"""A diffusion prior made of a network, in the preconditioning of EDM.
 with s the standard deviation of the data (Karras et al. 2022, arXiv:2206.00364, table 1 and section 5).
 """
 
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -22,7 +23,7 @@ from invdiff.priors.frequency_table import FrequencyTable
 
 
 def precondition(network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """The denoiser made of a network, for noise levels of shape (n,); computed in the dtype of z, the network in float32 or its own."""
+    """Make the denoiser of a network, for noise levels (n,); in the dtype of z, the network in its own."""
     s = sigma.reshape(-1, *[1] * (z.ndim - 1))
     norm = (s**2 + sigma_data**2).sqrt()
     own = next(network.parameters()).dtype
@@ -74,8 +75,8 @@ class NetworkPrior(nn.Module):
         stride = int(getattr(network, "stride", 1))
         if len(shape) != 3 or any(side % stride or side < stride for side in shape[1:]):
             raise ShapeError(
-                f"The network of the prior {name!r} takes pictures (channels, height, width) with sides divisible by {stride}, got "
-                f"{tuple(shape)}; pad or crop to such a size."
+                f"The network of the prior {name!r} takes pictures (channels, height, width) with sides "
+                f"divisible by {stride}, got {tuple(shape)}; pad or crop to such a size."
             )
         if not 0 < sigma_min < sigma_max or sigma_data <= 0:
             raise InputError(
@@ -121,7 +122,8 @@ class NetworkPrior(nn.Module):
         """
         if tuple(z.shape[1:]) != self.shape:
             raise ShapeError(
-                f"The prior {self.name!r} is for shape (n, {', '.join(map(str, self.shape))}), got {tuple(z.shape)}; see at()."
+                f"The prior {self.name!r} is for shape (n, {', '.join(map(str, self.shape))}), got {tuple(z.shape)}; "
+                "see at()."
             )
         s = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
         if s.ndim and s.shape != z.shape[:1]:
@@ -129,10 +131,10 @@ class NetworkPrior(nn.Module):
         return precondition(self.network, z, s.expand(len(z)), self.sigma_data)
 
     def at(self, shape: tuple[int, ...]) -> "NetworkPrior":
-        """The same prior for pictures of another size, its weights shared."""
+        """Give the same prior for pictures of another size, its weights shared."""
         if len(shape) == 3 and shape[0] != self.shape[0]:
             raise ShapeError(f"The prior {self.name!r} has {self.shape[0]} channels, got shape {tuple(shape)}.")
-        return NetworkPrior(
+        other = NetworkPrior(
             self.network,
             shape,
             sigma_data=self.sigma_data,
@@ -140,10 +142,11 @@ class NetworkPrior(nn.Module):
             sigma_max=self.sigma_max,
             scale=self.decoder.scale,
             offset=self.decoder.offset,
-            curvature=self.curvature and self.curvature.at(shape),
             name=self.name,
             key=self.key,
         )
+        other.curvature = self.curvature and self.curvature.at(shape)
+        return other
 
     @torch.no_grad()
     def sample(self, n: int, *, seed: int = 0, steps: int = 32, batch: int = 64) -> Tensor:
@@ -164,9 +167,9 @@ class NetworkPrior(nn.Module):
         noise = Noise([stream_key(seed, "sample", self.name)], n, device=parameter.device, dtype=torch.float32)
         levels = karras_levels(steps, self.sigma_min, self.sigma_max)
         heun, draws = Heun(), []
-        for slots in noise.slots.split(batch):
+        for slots in torch.split(noise.slots, batch):
             z = levels[0] * noise.at(0).normal(slots, self.shape)
-            for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
+            for step, (sigma, sigma_next) in enumerate(pairwise(levels), start=1):
                 noise.at(step)
 
                 def normal(state: Tensor, slots: Tensor = slots) -> Tensor:

@@ -1,8 +1,9 @@
-r"""The error covariance of a trained denoiser, measured: its mean squared error by spatial frequency, colour and noise level.
+r"""The error covariance of a trained denoiser, measured by spatial frequency, colour and noise level.
 
-Photographs are close to stationary, so the denoiser's error is close to diagonal in the Fourier basis, and its variance there depends
-on the radial frequency alone. Colours are decorrelated by a fixed orthonormal transform. For the true posterior mean the mean
-squared error is ``E Cov[z_0 | z_sigma]``, the averaged second-order Tweedie formula, so that the table serves as the curvature of a prior.
+Photographs are close to stationary, so the denoiser's error is close to diagonal in the Fourier basis, and its
+variance there depends on the radial frequency alone. Colours are decorrelated by a fixed orthonormal transform. For
+the true posterior mean the mean squared error is ``E Cov[z_0 | z_sigma]``, the averaged second-order Tweedie formula,
+so that the table serves as the curvature of a prior.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ KNOTS = tuple(k / 64 for k in (0, 1, 1.5, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45.25))
 
 
 def opponent_colours() -> Tensor:
-    """The orthonormal rows grey, red minus blue, and magenta minus green, of RGB; shape (3, 3), float64."""
+    """Return the orthonormal rows grey, red minus blue, and magenta minus green, of RGB; shape (3, 3), float64."""
     rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
     return rows / rows.norm(dim=1, keepdim=True)
 
@@ -41,7 +42,7 @@ def hat_weights(values: Tensor, knots: Tensor) -> Tensor:
 
 
 class FrequencyTable(Curvature):
-    """Error variance of a denoiser of RGB pictures, diagonal in opponent colours and the orthonormal real Fourier transform.
+    """Error variance of a denoiser of RGB pictures, diagonal in opponent colours and the real Fourier transform.
 
     Parameters
     ----------
@@ -50,8 +51,8 @@ class FrequencyTable(Curvature):
     sigmas
         Rising noise levels, latent units, shape (s,).
     log_variance
-        Logarithm of the variance of a coefficient, latent units squared, shape (s, 3, len(KNOTS)). Between entries it is linear
-        in ln(sigma) and in the frequency.
+        Logarithm of the variance of a coefficient, latent units squared, shape (s, 3, len(KNOTS)). Between entries it
+        is linear in ln(sigma) and in the frequency.
 
     Raises
     ------
@@ -78,7 +79,7 @@ class FrequencyTable(Curvature):
         self._weights = hat_weights(radial_frequency(*self.shape[1:]), self._knots)
 
     def at(self, shape: tuple[int, ...]) -> "FrequencyTable":
-        """The same table for pictures of another size."""
+        """Give the same table for pictures of another size."""
         return FrequencyTable(shape, self.sigmas, self.log_variance)
 
     def to_basis(self, z: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class FrequencyTable(Curvature):
         return self._last[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored beside the weights."""
+        """Return what is stored beside the weights."""
         return {"curvature.sigmas": self.sigmas.clone(), "curvature.log_variance": self.log_variance.float()}
 
     @classmethod
@@ -143,12 +144,15 @@ class FrequencyTable(Curvature):
         if total is None or fourier is None:
             raise InputError("A frequency table needs at least one picture to be measured on.")
         power = (total / count).cpu()
-        # Least squares on the hat functions, in the mean and not in the logarithm, would not stay positive; averages with the hats as
-        # weights do. The columns of rfft2 that stand for two coefficients count twice.
+        # Averages with the hats as weights stay positive; a least-squares fit of the hats might not. The columns
+        # of rfft2 that stand for two coefficients count twice.
         twice = torch.full((shape[2] // 2 + 1,), 2.0, dtype=torch.float64)
         twice[0] = 1.0
         if shape[2] % 2 == 0:
             twice[-1] = 1.0
         weights = fourier._weights * twice[None, :, None]
-        mean = torch.einsum("schw,hwk->sck", power, weights) / weights.sum((0, 1))
-        return cls(shape, sigmas, mean.clamp_min(1e-30).log())
+        mass = weights.sum((0, 1))
+        seen = mass > 0  # a small picture has no coefficient near some knots: these are interpolated
+        mean = torch.einsum("schw,hwk->sck", power, weights[..., seen]) / mass[seen]
+        log_variance = mean.clamp_min(1e-30).log() @ hat_weights(fourier._knots, fourier._knots[seen]).T
+        return cls(shape, sigmas, log_variance)

@@ -5,6 +5,7 @@ With ``C = V diag(l) V^T`` the noised prior is ``N(m, C + sigma^2 I)`` and its d
     D(z, sigma) = m + V diag(l / (l + sigma^2)) V^T (z - m).
 """
 
+from collections.abc import Mapping
 from math import log, pi, prod
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -12,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from invdiff.errors import ShapeError
+from invdiff.errors import CapabilityError, CatalogueError, ShapeError
+from invdiff.event import Event
 from invdiff.operators.base import Operator
+from invdiff.operators.composition import Affine
 from invdiff.priors.analytic import AnalyticPrior, ExactCurvature, eigenbasis, gain
 from invdiff.priors.base import Sigma
 
@@ -63,11 +66,13 @@ class GaussianPrior(AnalyticPrior):
         largest apart), and 50 times the largest (at least 10 |mean|).
     decoder
         Operator from latent to physical units; the identity if None.
+    event
+        The unknown; several variables stand one after the other in a flat event. A plain one of the shape if None.
 
     Raises
     ------
     ShapeError
-        If mean, covariance and shape disagree.
+        If mean, covariance, shape and event disagree.
     InputError
         If the covariance is not one.
     """
@@ -88,6 +93,7 @@ class GaussianPrior(AnalyticPrior):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         decoder: Operator | None = None,
+        event: Event | None = None,
     ) -> None:
         shape = tuple(mean.shape) if shape is None else tuple(shape)
         d = prod(shape)
@@ -97,6 +103,12 @@ class GaussianPrior(AnalyticPrior):
                 f"got {tuple(mean.shape)} and {tuple(covariance.shape)}."
             )
         super().__init__(shape, decoder)
+        self._event = super().event if event is None else tuple(event)
+        if sum(v.size for v in self._event) != prod(self.decoder.out_shape):
+            raise ShapeError(
+                f"The event's variables have {sum(v.size for v in self._event)} values, the prior's events "
+                f"{prod(self.decoder.out_shape)}."
+            )
         self.register_buffer("mean", mean.detach().double().reshape(shape).clone())
         self.register_buffer("covariance", covariance.detach().double().clone())
         values, vectors = eigenbasis(self.covariance)
@@ -109,6 +121,60 @@ class GaussianPrior(AnalyticPrior):
     def curvature(self) -> EigenCurvature:
         """Exact error covariance, diagonal in the eigenbasis."""
         return EigenCurvature(self.eigenvalues, self.eigenvectors, self.shape)
+
+    @property
+    def event(self) -> Event:
+        """The unknown in physical units."""
+        return self._event
+
+    def condition(self, given: Mapping[str, Tensor]) -> "GaussianPrior":
+        """Return the law given some variables, as a prior on the same event whose known values do not vary.
+
+        Parameters
+        ----------
+        given
+            Values of whole variables of the event by name, physical units.
+
+        Raises
+        ------
+        CatalogueError, ShapeError
+            If a variable is not of the event, or its values have another shape.
+        CapabilityError
+            If the decoder is not affine with scalar coefficients.
+        """
+        if not isinstance(self.decoder, Affine):
+            raise CapabilityError(f"Known values cannot be carried back through {type(self.decoder).__name__}.")
+        known = torch.zeros(self.size, dtype=torch.bool, device=self.mean.device)
+        value, start = self.mean.flatten().clone(), 0
+        for v in self.event:
+            if v.name in given:
+                x = given[v.name]
+                if tuple(x.shape) != v.shape:
+                    raise ShapeError(f"The given {v.name!r} has shape {tuple(x.shape)}, the variable {v.shape}.")
+                known[start : start + v.size] = True
+                value[start : start + v.size] = ((x.to(value) - self.decoder.offset) / self.decoder.scale).flatten()
+            start += v.size
+        for name in set(given) - {v.name for v in self.event}:
+            raise CatalogueError.unknown("variable of the prior", name, [v.name for v in self.event])
+        C, free = self.covariance, ~known
+        G = (
+            torch.linalg.lstsq(C[known][:, known], C[known][:, free], driver="gelsd").solution.mT
+            if known.any()
+            else None
+        )
+        mean, covariance = value.clone(), torch.zeros_like(C)
+        covariance[torch.outer(free, free)] = C[free][:, free].flatten()
+        if G is not None:
+            mean[free] += G @ (value - self.mean.flatten())[known]
+            covariance[torch.outer(free, free)] -= (G @ C[known][:, free]).flatten()
+        return GaussianPrior(
+            mean.reshape(self.shape),
+            covariance,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            decoder=self.decoder,
+            event=self.event,
+        )
 
     def _coefficients(self, z: Tensor) -> Tensor:
         self._check(z)

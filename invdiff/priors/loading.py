@@ -1,4 +1,4 @@
-"""Trained priors on disk: a folder with ``prior.toml`` (the card) and its safetensors file (half-precision weights, sha256 in the card)."""
+"""Trained priors on disk: a folder with the card ``prior.toml`` and half-precision weights whose sha256 it holds."""
 
 import hashlib
 import json
@@ -82,7 +82,8 @@ def read_trained_card(path: Path) -> TrainedCard:
         raise InputError(f"{path} has fields that no trained prior has: {', '.join(sorted(unknown))}.")
     if text["family"] != FAMILY or text["dtype"] != "float32":
         raise InputError(
-            f"{path} is of family {text['family']!r}, dtype {text['dtype']!r}; only {FAMILY!r} in 'float32' can be loaded."
+            f"{path} is of family {text['family']!r}, dtype {text['dtype']!r}; "
+            f"only {FAMILY!r} in 'float32' can be loaded."
         )
     if not {"file", "sha256"} <= set(text["weights"]):
         raise InputError(f"{path} needs 'file' and 'sha256' under [weights].")
@@ -96,7 +97,7 @@ def _toml(value: Any) -> str:
 
 
 def card_text(card: TrainedCard) -> str:
-    """A card as TOML."""
+    """Write a card as TOML."""
     fields = asdict(card)
     lines = [f"{k} = {_toml(v)}" for k, v in fields.items() if k not in _TABLES]
     for table in _TABLES:
@@ -128,7 +129,7 @@ def save_prior(folder: Path, prior: NetworkPrior, card: TrainedCard) -> Path:
 
 
 def read_weights(card: TrainedCard, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a card, checked against its sha256.
+    """Read the tensors of a card, checked against its sha256.
 
     Raises
     ------
@@ -148,8 +149,8 @@ def read_weights(card: TrainedCard, folder: Path) -> dict[str, Tensor]:
     digest = hashlib.sha256(blob).hexdigest()
     if digest != card.weights["sha256"]:
         raise ChecksumError(
-            f"{path} ({len(blob)} bytes) is corrupt, truncated or replaced: sha256 {digest}, the card says {card.weights['sha256']}; "
-            "get the file again."
+            f"{path} ({len(blob)} bytes) is corrupt, truncated or replaced: sha256 {digest}, the card says "
+            f"{card.weights['sha256']}; get the file again."
         )
     tensors: dict[str, Tensor] = load(blob)
     return tensors

@@ -83,7 +83,7 @@ class Langevin(Inner):
                 raise CapabilityError(
                     "Langevin needs slope, a bound on the norm of dA/dz, for a problem that is not linear."
                 )
-            slope, std = posterior.linear.operator.norm(), float(posterior.linear.noise_std.min())
+            slope, std = posterior.linear.norm(), float(posterior.linear.noise_std.min())
         step = self.rate / (1.0 / r**2 + (slope / (std or 1.0)) ** 2)
         x = center
         for _ in range(self.steps):

@@ -100,13 +100,14 @@ class Spectral(Covariance):
     Parameters
     ----------
     atol
-        Error of the conjugate gradients, in units of the standard deviation of z_0 given z_sigma and y.
+        Error of the conjugate gradients, in units of the standard deviation of z_0 given z_sigma and y; 1e-3 in
+        float32 and 1e-11 in float64 if None.
     max_iterations
         Bound on their iterations, which cost operator applications only.
     """
 
-    atol: float = 1e-3
-    max_iterations: int = 200
+    atol: float | None = None
+    max_iterations: int = 400
     requires: ClassVar[frozenset[str]] = frozenset({"denoiser", "linear", "curvature"})
 
     def backward(self) -> int:

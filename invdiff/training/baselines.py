@@ -1,7 +1,8 @@
-"""Classical denoisers of scikit-image beside a prior's, each with its one parameter tuned on validation pictures by noise level.
+"""Classical denoisers of scikit-image, the one parameter of each tuned on validation pictures by noise level.
 
-Non-local means (Buades, Coll, Morel 2005), total variation by Chambolle's dual iteration (Chambolle 2004), and BayesShrink wavelet
-thresholds (Chang, Yu, Vetterli 2000). All are told the noise level; none is told what photographs look like.
+Non-local means (Buades, Coll, Morel 2005), total variation by Chambolle's dual iteration (Chambolle 2004), and
+BayesShrink wavelet thresholds (Chang, Yu, Vetterli 2000). All are told the noise level; none is told what photographs
+look like.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +48,8 @@ def _nl_means(picture: Any, level: float, h: float) -> Any:
 def _total_variation(picture: Any, level: float, weight: float) -> Any:  # noqa: ARG001 the weight holds the level
     from skimage.restoration import denoise_tv_chambolle
 
-    return denoise_tv_chambolle(picture, weight=weight, channel_axis=-1)
+    tv: Callable[..., Any] = denoise_tv_chambolle
+    return tv(picture, weight=weight, channel_axis=-1)
 
 
 def _wavelet(picture: Any, level: float, sigma: float) -> Any:  # noqa: ARG001 its parameter is the noise level
@@ -60,7 +62,9 @@ BASELINES: Mapping[str, Baseline] = {
     b.name: b
     for b in (
         Baseline(name="NL-means", parameter="h", factors=(0.3, 0.45, 0.6, 0.75, 0.9), denoise=_nl_means),
-        Baseline(name="TV", parameter="weight", factors=(0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0), denoise=_total_variation),
+        Baseline(
+            name="TV", parameter="weight", factors=(0.15, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0), denoise=_total_variation
+        ),
         Baseline(name="wavelet", parameter="sigma", factors=(1.0,), denoise=_wavelet),
     )
 }
@@ -76,7 +80,7 @@ def baseline_psnr(
 
 
 def tune(baseline: Baseline, pictures: Tensor, level: float, *, seed: int = 1) -> float:
-    """The factor of the highest mean PSNR on some pictures; the first of several."""
+    """Find the factor of the highest mean PSNR on some pictures; the first of several."""
     if len(baseline.factors) == 1:
         return baseline.factors[0]
     scores = [float(baseline_psnr(baseline, pictures, level, f, seed=seed).mean()) for f in baseline.factors]

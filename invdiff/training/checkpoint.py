@@ -1,7 +1,8 @@
 """The state of a training on disk: safetensors and JSON alone, in pieces small enough to carry around.
 
-Weights are kept in float32. Adam's moments, and the offset of the moving average from the weights, are kept in bfloat16: its relative
-error of 2^-9 is far below the gradient's own noise, and a state of p parameters takes 10 p bytes instead of 16 p.
+Weights are kept in float32. Adam's moments, and the offset of the moving average from the weights, are kept in
+bfloat16: its relative error of 2^-9 is far below the gradient's own noise, and a state of p parameters takes 10 p
+bytes instead of 16 p.
 """
 
 import json
@@ -80,7 +81,8 @@ def load_state(folder: Path, settings: Mapping[str, object]) -> tuple[dict[str, 
     theirs, ours = text["settings"], json.loads(json.dumps(dict(settings)))
     if theirs != ours:
         raise InputError(
-            f"The training state {path} was made with {theirs}, not {ours}; resume with the same settings or start anew."
+            f"The training state {path} was made with {theirs}, not {ours}; "
+            "resume with the same settings or start anew."
         )
     tensors: dict[str, Tensor] = {}
     for i in range(text["pieces"]):

@@ -105,7 +105,7 @@ def read_split(tiles: TileSet, folder: Path, split: str) -> Tensor:
 
 
 def centre_crop(pictures: Tensor, side: int) -> Tensor:
-    """The central square of a given side."""
+    """Cut the central square of a given side."""
     top, left = (pictures.shape[-2] - side) // 2, (pictures.shape[-1] - side) // 2
     return pictures[..., top : top + side, left : left + side]
 
@@ -116,7 +116,7 @@ def evaluation_pictures(name: str, folder: Path, split: str, side: int = 64) -> 
 
 
 def _crop(pictures: Tensor, index: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A random square of each chosen picture."""
+    """Cut a random square of each chosen picture."""
     n, room = len(index), pictures.shape[-1] - side + 1
     corner = torch.randint(room, (2, n, 1), generator=generator, device=pictures.device)
     span = torch.arange(side, device=pictures.device)
@@ -141,7 +141,7 @@ def augment_aerial(pictures: Tensor, index: Tensor, side: int, generator: torch.
 def augment_photos(
     pictures: Tensor, index: Tensor, side: int, generator: torch.Generator, zoomed: float = 0.25
 ) -> Tensor:
-    """Whole tiles, mirrored at random; some zoomed in by up to 1.25. Most stay at scale 1, so that their sharpness is learnt."""
+    """Whole tiles mirrored at random, some zoomed by up to 1.25; most stay at scale 1, so that sharpness is learnt."""
     n, device = len(index), pictures.device
     x = pictures[index].float()
     u = torch.rand(4, n, generator=generator, device=device)
@@ -186,7 +186,7 @@ class Mixture:
         self.side, self.device = side, device
 
     def batch(self, n: int, generator: torch.Generator) -> Tensor:
-        """A batch of n pictures, shape (n, 3, side, side), float32 in [-1, 1]; each set has its share, rounded."""
+        """Draw a batch of n pictures, shape (n, 3, side, side), float32 in [-1, 1]; each set has its share, rounded."""
         parts, left, share = [], n, 1.0
         for name, weight in self.weights.items():
             count = round(left * weight / share)

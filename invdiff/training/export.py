@@ -24,7 +24,7 @@ def psnr(estimate: Tensor, truth: Tensor) -> Tensor:
 
 
 def add_noise(pictures: Tensor, level: float, *, seed: int = 0, first: int = 0) -> Tensor:
-    """Add white noise of a level in [0, 1] to pictures (n, c, h, w) numbered from `first`; each number has its own stream."""
+    """Add white noise of a level in [0, 1] to pictures (n, c, h, w) numbered from `first`, each with its own stream."""
     noise = torch.empty_like(pictures)
     for i in range(len(pictures)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first + i)
@@ -36,7 +36,7 @@ def add_noise(pictures: Tensor, level: float, *, seed: int = 0, first: int = 0) 
 def denoising_psnr(
     prior: NetworkPrior, pictures: Tensor, level: float, *, seed: int = 0, first: int = 0, batch: int = 100
 ) -> Tensor:
-    """PSNR of each picture in [0, 1] after `add_noise` and the prior's denoiser, dB, shape (n,); the same for any batch."""
+    """PSNR of each picture in [0, 1] after `add_noise` and the denoiser, dB, shape (n,); the same for any batch."""
     values = []
     device = next(prior.network.parameters()).device
     for start in range(0, len(pictures), batch):
@@ -48,7 +48,7 @@ def denoising_psnr(
 
 
 def wrap(network: UNet, settings: Settings) -> NetworkPrior:
-    """The prior of a network in training."""
+    """Make the prior of a network in training."""
     return NetworkPrior(
         network,
         settings.shape,
@@ -60,7 +60,7 @@ def wrap(network: UNet, settings: Settings) -> NetworkPrior:
 
 
 def validate(network: UNet, settings: Settings, data: Path, device: torch.device, count: int = 100) -> str:
-    """A line with the denoising PSNR on the first validation pictures of each data set."""
+    """Give a line with the denoising PSNR on the first validation pictures of each data set."""
     prior, parts = wrap(network, settings).to(device), []
     for name in settings.mixture:
         pictures = evaluation_pictures(name, data, "validation", settings.shape[1])[:count]
@@ -72,7 +72,7 @@ def validate(network: UNet, settings: Settings, data: Path, device: torch.device
 def measure_curvature(
     prior: NetworkPrior, settings: Settings, data: Path, device: torch.device, *, count: int = 400, levels: int = 24
 ) -> FrequencyTable:
-    """The frequency table of a prior on validation pictures, each data set by its share of `count`."""
+    """Measure the frequency table of a prior on validation pictures, each data set by its share of `count`."""
     total = sum(settings.mixture.values())
     pictures = torch.cat(
         [
@@ -87,7 +87,7 @@ def measure_curvature(
         dtype=torch.float64,
     )
     generator = torch.Generator(device=device).manual_seed(settings.seed)
-    batches = (prior.encode(batch.to(device)) for batch in pictures.split(100))
+    batches = (prior.encode(batch.to(device)) for batch in torch.split(pictures, 100))
     return FrequencyTable.measure(prior.denoise, batches, sigmas, generator=generator)
 
 

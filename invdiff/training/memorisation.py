@@ -1,8 +1,9 @@
-"""Are draws of a prior copies of its training pictures? The nearest training picture of each, in the root mean square of a pixel.
+"""Are draws of a prior copies of its training pictures? The nearest training picture of each, by mean square.
 
-Test pictures are searched for in the same way: a prior that has memorised draws pictures far nearer to the training set than they are.
-The ratio of the nearest distance to the second nearest, which does not reward smooth pictures, is below 1/3 for a copy
-(Yoon, Choi, Kwon, Ryu 2023, "Diffusion probabilistic models generalize when they fail to memorize").
+Test pictures are searched for in the same way: a prior that has memorised draws pictures far nearer to the training
+set than they are. The ratio of the nearest distance to the second nearest, which does not reward smooth pictures, is
+below 1/3 for a copy (Yoon, Choi, Kwon, Ryu 2023, "Diffusion probabilistic models generalize when they fail to
+memorize").
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,10 +44,10 @@ def _symmetries(x: Tensor, *, aerial: bool) -> Iterator[Tensor]:
 
 
 def views(tiles: TileSet, pictures: Tensor, side: int) -> Iterator[Tensor]:
-    """Views of training pictures (n, 3, s, s), uint8, as training shows them: (n, 3, side, side) in [0, 1], again and again.
+    """Yield views (n, 3, side, side) in [0, 1] of training pictures (n, 3, s, s), uint8, as training shows them.
 
-    Photographs whole and mirrored. Aerial images averaged down to a multiple of 1 or 2 of `side` and cut every half side,
-    in all eight symmetries. The zooms and the other cuts of training are left out.
+    Photographs whole and mirrored. Aerial images averaged down to a multiple of 1 or 2 of `side` and cut every half
+    side, in all eight symmetries. The zooms and the other cuts of training are left out.
     """
     x = pictures.float() / 255
     if not tiles.aerial:
@@ -81,7 +82,7 @@ def nearest(queries: Tensor, folder: Path, sets: Mapping[str, float], *, count: 
     found = torch.zeros_like(queries)
     for name in sets:
         pictures = read_split(SETS[name], folder, "train")[:count]
-        for chunk in pictures.split(512):
+        for chunk in torch.split(pictures, 512):
             closest = torch.full((n, len(chunk)), torch.inf)
             shown = torch.zeros_like(queries)
             nearest_here = torch.full((n,), torch.inf)
@@ -94,6 +95,10 @@ def nearest(queries: Tensor, folder: Path, sets: Mapping[str, float], *, count: 
                 closest = torch.minimum(closest, distance)
             better = nearest_here < best[:, 0]
             found[better] = shown[better]
-            best = torch.cat((best, closest.topk(min(2, len(chunk)), dim=1, largest=False).values), 1).topk(2, largest=False).values
+            best = (
+                torch.cat((best, closest.topk(min(2, len(chunk)), dim=1, largest=False).values), 1)
+                .topk(2, largest=False)
+                .values
+            )
     rms = (best / flat.shape[1]).sqrt()
     return Neighbours(distance=rms[:, 0], second=rms[:, 1], pictures=found)

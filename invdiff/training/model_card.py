@@ -16,7 +16,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _named(parts: Report, kind: str) -> dict[float, Any]:
-    """The parts of a kind by noise level."""
+    """Find the parts of a kind by noise level."""
     return {float(name.split()[1]): part for name, part in parts.items() if name.startswith(f"{kind} ")}
 
 
@@ -90,7 +90,7 @@ def _environments(report: Report) -> str:
 
 
 def model_card(card: TrainedCard, train: Settings, report: Report) -> str:
-    """The text of README.md.
+    """Write the text of README.md.
 
     Parameters
     ----------
@@ -104,8 +104,10 @@ def model_card(card: TrainedCard, train: Settings, report: Report) -> str:
     s, network, how = report["settings"], card.network, card.training
     total = sum(report["mixture"].values())
     data = "\n".join(
-        f"- **{name}** ({share / total:.0%} of each batch): {SETS[name].source}; {SETS[name].licence}. {SETS[name].attribution}"
-        f" {sum(n for _, n in SETS[name].files[:-1])} pictures for training, {SETS[name].validation} for validation, "
+        f"- **{name}** ({share / total:.0%} of each batch): "
+        f"{SETS[name].source}; {SETS[name].licence}. "
+        f"{SETS[name].attribution} {sum(n for _, n in SETS[name].files[:-1])} pictures for training, "
+        f"{SETS[name].validation} for validation, "
         f"{SETS[name].test} for test."
         for name, share in report["mixture"].items()
     )
@@ -117,66 +119,86 @@ def model_card(card: TrainedCard, train: Settings, report: Report) -> str:
 
 Written by `python -m invdiff.training.report`; its numbers come from `prior.toml` and `report.json`.
 
-{card.description} A diffusion prior for image restoration: a denoiser for noise levels {card.sigma_min:g} to {card.sigma_max:g} in latent
+{card.description} A diffusion prior for image restoration: a denoiser for noise levels {card.sigma_min:g} to
+{card.sigma_max:g} in latent
 units of [-1, 1], and with it the score of every noised distribution of small photographs.
 
     prior = invdiff.load_prior("{card.name}")            # {" x ".join(map(str, card.shape))}
     prior = prior.at((3, 128, 96))                   # the same weights on another grid, sides divisible by 8
 
 ## Network
-A fully convolutional U-Net in the preconditioning of EDM (Karras et al. 2022, arXiv:2206.00364): {report["parameters"]:,} parameters,
-widths {_words(network["channels"])}, residual blocks {_words(network["blocks"])} a level on the way down and, but for the coarsest, up,
-self-attention on {sum(network["attention"])} of {len(network["attention"])} levels; {report["bytes"] / 1e6:.1f} MB in half precision,
-computed in {card.dtype}. The file also holds the measured error of the denoiser by noise level, colour and spatial frequency
+A fully convolutional U-Net in the preconditioning of EDM (Karras et al. 2022, arXiv:2206.00364):
+{report["parameters"]:,} parameters,
+widths {_words(network["channels"])}, residual blocks {_words(network["blocks"])} a level on the way down and, but
+for the coarsest, up,
+self-attention on {sum(network["attention"])} of {len(network["attention"])} levels; {report["bytes"] / 1e6:.1f} MB
+in half precision,
+computed in {card.dtype}. The file also holds the measured error of the denoiser by noise level, colour and spatial
+frequency
 (`prior.curvature`), on validation pictures.
 
 ## Data
 {data}
 
 ## Training
-{how["steps"]:,} steps of {train.batch} pictures ({how["images"] / 1e6:.2f} million) in {how["seconds"]:.0f} s of training on {how["device"]}
-(one or more of them), torch {how["torch"]}; Adam, peak learning rate {train.learning_rate:g}, power-function moving average of the weights.
-ln(sigma) is normal with mean {train.p_mean:g} and standard deviation {train.p_std:g}. Photographs are mirrored, a quarter of them zoomed
+{how["steps"]:,} steps of {train.batch} pictures ({how["images"] / 1e6:.2f} million) in {how["seconds"]:.0f} s of
+training on {how["device"]}
+(one or more of them), torch {how["torch"]}; Adam, peak learning rate {train.learning_rate:g}, power-function moving
+average of the weights.
+ln(sigma) is normal with mean {train.p_mean:g} and standard deviation {train.p_std:g}. Photographs are mirrored, a
+quarter of them zoomed
 by up to 1.25; aerial images are cut, halved, turned and mirrored. The command, on a machine of two GPUs:
 
-    torchrun --standalone --nproc_per_node 2 -m invdiff.training.train priors/{card.name}/train.toml --data FOLDER --out FOLDER --seconds {_budget(how)} --compile
+    torchrun --standalone --nproc_per_node 2 -m invdiff.training.train priors/{card.name}/train.toml \\
+        --data FOLDER --out FOLDER --seconds {_budget(how)} --compile
 
 The weights are licensed {card.licence}.
 
 ## Denoising
-Peak signal-to-noise ratio in dB by the noise's standard deviation, of pictures in [0, 1]: the estimate is clipped to [0, 1], the mean
+Peak signal-to-noise ratio in dB by the noise's standard deviation, of pictures in [0, 1]: the estimate is clipped to
+[0, 1], the mean
 taken over pictures, with its standard error. Test split, {most} pictures in all (aerial images: their central 64 x 64).
 
 {_denoising(report)}
 
-Beside classical denoisers of scikit-image, all told the noise level, on the first pictures of each test split, {subset} in all, and on the
-same noise. NL-means: patches of {patch["patch_size"]} x {patch["patch_size"]} sought within {patch["patch_distance"]} pixels, fast mode. Wavelets:
-BayesShrink, soft, YCbCr. The parameter in brackets was tuned at each level on {s["tuning"]} validation pictures of each data set.
+Beside classical denoisers of scikit-image, all told the noise level, on the first pictures of each test split,
+{subset} in all, and on the
+same noise. NL-means: patches of {patch["patch_size"]} x {patch["patch_size"]} sought within
+{patch["patch_distance"]} pixels, fast mode. Wavelets:
+BayesShrink, soft, YCbCr. The parameter in brackets was tuned at each level on {s["tuning"]} validation pictures of
+each data set.
 
 {_classical(report)}
 
 ## What its error means for posteriors
-For the exact denoiser of a distribution, the mean squared error is sigma^2 times the trace of the denoiser's own Jacobian (Tweedie's
+For the exact denoiser of a distribution, the mean squared error is sigma^2 times the trace of the denoiser's own
+Jacobian (Tweedie's
 second-order formula). On {checked} test pictures, root mean square a pixel:
 
 {_calibration(report)}
 
-A ratio of one says that the denoiser is as sure as it should be, on average, about pictures like those that it was trained on; above one,
-posterior spread is too wide, below one too narrow. It says nothing about a single picture, about structure that the network never saw,
-or about the error of a sampler. A posterior drawn with this prior is the posterior of *this model*: where the measurement is silent, the
+A ratio of one says that the denoiser is as sure as it should be, on average, about pictures like those that it was
+trained on; above one,
+posterior spread is too wide, below one too narrow. It says nothing about a single picture, about structure that the
+network never saw,
+or about the error of a sampler. A posterior drawn with this prior is the posterior of *this model*: where the
+measurement is silent, the
 draws show what web photographs of 2003 and aerial images look like at 64 x 64, and their spread is that of the model.
 
 ## Draws
-{s["samples"]} unconditional draws, none chosen: Heun's method on {s["steps"]} noise levels, {report["parts"]["samples"]["evaluations_per_sample"]} network
+{s["samples"]} unconditional draws, none chosen: Heun's method on {s["steps"]} noise levels,
+{report["parts"]["samples"]["evaluations_per_sample"]} network
 evaluations each; shown in 256 colours.
 
 ![{s["samples"]} unconditional draws](samples.png)
 
-Twelve draws, each above its nearest training picture in mean squared difference, mirrored ones (and aerial crops and turns) included:
+Twelve draws, each above its nearest training picture in mean squared difference, mirrored ones (and aerial crops and
+turns) included:
 
 ![Twelve draws, each above its nearest training picture](neighbours.png)
 
-Distance to the nearest training picture, root mean square a pixel in [0, 1], and its ratio to that of the second nearest, which is below
+Distance to the nearest training picture, root mean square a pixel in [0, 1], and its ratio to that of the second
+nearest, which is below
 1/3 for a copy (Yoon et al. 2023):
 
 {_memory(report)}
@@ -184,13 +206,19 @@ Distance to the nearest training picture, root mean square a pixel in [0, 1], an
 {_verdict(report)}
 
 ## Use and limits
-- For: inverse problems on small natural pictures (deblurring, inpainting, super-resolution, tomography as a demonstration), and for
-  comparing posterior samplers on one fixed prior. Other sides divisible by 8 work; structure beyond 64 pixels was never seen.
-- Not for: identifying people, medical or forensic conclusions, or any decision that hangs on a detail which the measurement does not
-  determine. The photographs are from web searches of 2003, among them several hundred of faces, with the biases of such searches;
+- For: inverse problems on small natural pictures (deblurring, inpainting, super-resolution, tomography as a
+demonstration), and for
+  comparing posterior samplers on one fixed prior. Other sides divisible by 8 work; structure beyond 64 pixels was
+never seen.
+- Not for: identifying people, medical or forensic conclusions, or any decision that hangs on a detail which the
+measurement does not
+  determine. The photographs are from web searches of 2003, among them several hundred of faces, with the biases of
+such searches;
   draws may show invented faces.
-- Pictures are 8-bit sRGB values, not linear light, and were once JPEG or WebP files: faint compression traces are part of the model.
-- Unconditional draws have textures and layouts of photographs but rarely whole objects: a network of this size, trained in minutes,
+- Pictures are 8-bit sRGB values, not linear light, and were once JPEG or WebP files: faint compression traces are
+part of the model.
+- Unconditional draws have textures and layouts of photographs but rarely whole objects: a network of this size,
+trained in minutes,
   knows local structure better than global. Denoising at small and moderate noise is what it is good at.
 
 Measured with {_environments(report)}.
@@ -198,9 +226,9 @@ Measured with {_environments(report)}.
 
 
 def _words(values: Any) -> str:
-    return ", ".join(map(str, values))
+    return ", ".join(map(str, values)) if isinstance(values, (list, tuple)) else str(values)
 
 
 def _budget(how: Mapping[str, Any]) -> int:
-    """The training time asked for: what was used, rounded down to ten seconds, for a training stops at its first step beyond."""
+    """Round the time used down to ten seconds: what was asked for, as a training stops at its first step beyond."""
     return int(how["seconds"]) // 10 * 10

@@ -26,7 +26,8 @@ class Settings:
     batch
         Pictures a step, over all processes.
     learning_rate, warmup_steps
-        Peak of Adam's learning rate, and the steps until it is reached; it falls to zero as a cosine of the budget used.
+        Peak of Adam's learning rate, and the steps until it is reached; it falls to zero as a cosine of the budget
+        used.
     ema_exponent
         Exponent of the power-function moving average (Karras et al. 2024, arXiv:2312.02696, eq. 1).
     seconds, steps
@@ -75,7 +76,8 @@ class Settings:
         wrong = [f"{k} = {getattr(self, k)}" for k in positive if not getattr(self, k) > 0]
         if wrong or self.steps < 0 or not 0 < self.sigma_min < self.sigma_max:
             raise InputError(
-                f"Settings out of range: {', '.join(wrong) or 'steps must not be negative, and 0 < sigma_min < sigma_max'}."
+                f"Settings out of range: "
+                f"{', '.join(wrong) or 'steps must not be negative, and 0 < sigma_min < sigma_max'}."
             )
 
     @property
@@ -86,7 +88,7 @@ class Settings:
 
 
 def read_settings(path: Path, **overrides: object) -> Settings:
-    """Settings from a TOML file; overrides that are not None replace its values.
+    """Read settings from a TOML file; overrides that are not None replace its values.
 
     Raises
     ------

@@ -1,10 +1,12 @@
 r"""Train a diffusion prior of pictures, by EDM's denoising loss.
 
-    loss = E_{sigma, z_0, eps} (sigma^2 + s^2) / (sigma s)^2 |D(z_0 + sigma eps, sigma) - z_0|^2,   ln(sigma) ~ N(p_mean, p_std^2)
+    loss = E_{sigma, z_0, eps} (sigma^2 + s^2) / (sigma s)^2 |D(z_0 + sigma eps, sigma) - z_0|^2,   ln(sigma) ~
+    N(p_mean, p_std^2)
 
-(Karras et al. 2022, arXiv:2206.00364, eq. 8 and table 1). The noise levels of a batch are stratified, which lowers the loss's variance.
-The budget is time: the learning rate follows the share of it that is used, so that a training of any length ends annealed, and a training
-cut into several commands goes on where it stood. Several processes (torchrun) average their gradients, and their clocks with them.
+(Karras et al. 2022, arXiv:2206.00364, eq. 8 and table 1). The noise levels of a batch are stratified, which lowers
+the loss's variance. The budget is time: the learning rate follows the share of it that is used, so that a training of
+any length ends annealed, and a training cut into several commands goes on where it stood. Several processes
+(torchrun) average their gradients, and their clocks with them.
 
     python -m invdiff.training.train SETTINGS.toml --data FOLDER --out FOLDER --seconds 1500 --limit 540 --resume
 """
@@ -41,7 +43,7 @@ def draw_sigmas(n: int, settings: Settings, generator: torch.Generator) -> Tenso
 def denoising_loss(
     network: Callable[[Tensor, Tensor], Tensor], z0: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
 ) -> Tensor:
-    """EDM's weighted loss of each picture, shape (n,): the network's own mean squared error on a target of unit variance."""
+    """EDM's weighted loss of each picture (n,): the network's own mean squared error on a target of unit variance."""
     s = sigma[:, None, None, None]
     norm = (s**2 + sigma_data**2).sqrt()
     z = z0 + s * noise
@@ -82,8 +84,7 @@ class Trainer:
             raise InputError(f"A batch of {settings.batch} does not divide among {self.world} processes.")
         with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator; leave it as it was
             torch.manual_seed(settings.seed)
-            self.network = UNet(in_channels=settings.shape[0], **settings.network)
-        self.network.to(device, memory_format=torch.channels_last if self.cuda else torch.contiguous_format)
+            self.network = self._placed(UNet(in_channels=settings.shape[0], **settings.network))
         self.parameters = dict(self.network.named_parameters())
         self.average = {k: v.detach().clone() for k, v in self.parameters.items()}
         self.optimiser = torch.optim.Adam(
@@ -115,7 +116,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
             loss = denoising_loss(self.forward, z0, sigma, noise, s.sigma_data)
         self.optimiser.zero_grad()
-        loss.mean().backward()
+        torch.autograd.backward(loss.mean())
         self._all_reduce()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimiser.param_groups:
@@ -136,11 +137,11 @@ class Trainer:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self.world
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for g, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             g.copy_(part.view_as(g))
 
     def _tick(self) -> None:
-        """Add the time since the last tick, the slowest process's, so that all agree on the learning rate; waits for the device."""
+        """Add the slowest process's time since the last tick, that all share a learning rate; waits for the device."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -161,15 +162,18 @@ class Trainer:
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     def averaged_network(self) -> UNet:
-        """A network with the averaged weights."""
+        """Make a network with the averaged weights."""
         with torch.random.fork_rng(devices=[]):
             network = UNet(in_channels=self.settings.shape[0], **self.settings.network)
         network.load_state_dict(self.average)
-        return (
-            network.to(self.device, memory_format=torch.channels_last if self.cuda else torch.contiguous_format)
-            .eval()
-            .requires_grad_(False)
-        )
+        return self._placed(network).eval().requires_grad_(requires_grad=False)
+
+    def _placed(self, network: UNet) -> UNet:
+        """Move a network to the device, on CUDA in the memory format that its convolutions like."""
+        network.to(self.device)
+        if self.cuda:
+            network.to(memory_format=torch.channels_last)
+        return network
 
     def save(self, folder: Path) -> None:
         """Write the training's state."""
@@ -205,7 +209,7 @@ def train(
     compiled: bool = False,
     log: Callable[[str], None] = print,
 ) -> bool:
-    """Train until the budget is used or this command's time is; then write the state and, at the end of the budget, the prior.
+    """Train until the budget or this command's time is used; write the state and, at the end of the budget, the prior.
 
     Parameters
     ----------
@@ -257,7 +261,8 @@ def train(
                 means = " ".join(f"{v:.4f}" for v in (sums[0] / sums[1].clamp_min(1)).tolist())
                 rate = (progress.images - marked[1]) / (now - marked[0])
                 log(
-                    f"step {progress.step} used {used(progress, settings):.3f} lr {learning_rate(progress, settings):.2e} "
+                    f"step {progress.step} used {used(progress, settings):.3f} "
+                    f"lr {learning_rate(progress, settings):.2e} "
                     f"loss by sigma {_BANDS}: {means}; {rate:.0f} images/s"
                 )
             sums.zero_()
@@ -273,7 +278,8 @@ def train(
     if lead:
         trainer.save(out / "state")
         log(
-            f"state saved at step {progress.step}, {progress.elapsed:.0f} s of training, {used(progress, settings):.3f} of the budget"
+            f"state saved at step {progress.step}, {progress.elapsed:.0f} s of training, "
+            f"{used(progress, settings):.3f} of the budget"
         )
     if lead and finished:
         log(validate(trainer.averaged_network(), settings, data, device))
