@@ -22,11 +22,12 @@ from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.event import Event, check_agreement, plain_event
 from invdiff.likelihoods import Gaussian, Likelihood
 from invdiff.noise import Noise, stream_key
-from invdiff.operators.base import LinearOperator, Operator, fingerprint
-from invdiff.operators.composition import Affine, LinearComposition, Scale
-from invdiff.potential import LinearGaussian, LogProbAndGrad, Path
+from invdiff.operators.base import Operator
+from invdiff.operators.composition import Affine
+from invdiff.potential import LinearGaussian, LogProbAndGrad, Path, linear_gaussian
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior, Sigma
 from invdiff.problem import Problem
+from invdiff.provenance import prior_key, provenance
 from invdiff.solution import Solution
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Posterior:
         self._denoise = prior.denoise if isinstance(prior, DiffusionPrior) else None
         if compile and self._denoise is not None:
             self._denoise = torch.compile(self._denoise)
-        self._linear = self._compose()
+        self._linear = linear_gaussian(self._likelihood, self._decoder)
         self._mean: Tensor | None = None
 
     # What the problem and the prior can do.
@@ -385,7 +386,7 @@ class Posterior:
         noise = Noise(keys, draws, device=self.device, dtype=self.dtype)
         total = len(keys) * draws
         identity = (
-            f"{sampler!r} {self._keys} {self._prior_key()} draws={draws} chains={chains} seed={seed} {self.dtype}"
+            f"{sampler!r} {self._keys} {prior_key(self.prior)} draws={draws} chains={chains} seed={seed} {self.dtype}"
         )
         outcome = driver.run(
             sampler,
@@ -401,7 +402,9 @@ class Posterior:
             checkpoint_every=checkpoint_every,
             identity=identity,
         )
-        about = self._provenance(sampler, draws, chains, seed, total, time.perf_counter() - began, outcome)
+        about = provenance(
+            self, sampler, outcome, draws=draws, chains=chains, seed=seed, seconds=time.perf_counter() - began
+        )
         solutions = []
         with torch.no_grad():
             for i in range(self.problems):
@@ -434,31 +437,6 @@ class Posterior:
         if not isinstance(self.prior, DiffusionPrior):
             raise CapabilityError(f"{type(self.prior).__name__} has no noise levels; it is not a diffusion prior.")
         return self.prior
-
-    def _compose(self) -> LinearGaussian | None:
-        likelihood, decoder = self._likelihood, self._decoder
-        if (
-            not isinstance(likelihood, Gaussian)
-            or not isinstance(likelihood.operator, LinearOperator)
-            or likelihood.measurement.is_complex()
-        ):
-            return None
-        A, y = likelihood.operator, likelihood.measurement
-        if decoder is None:
-            return LinearGaussian(A, y, likelihood.noise_std)
-        if isinstance(decoder, Affine):
-            if decoder.offset:
-                y = y - A(torch.full((1, *A.in_shape), decoder.offset, dtype=y.dtype, device=y.device))
-            return LinearGaussian(
-                A if decoder.scale == 1.0 else LinearComposition(A, decoder.linear), y, likelihood.noise_std
-            )
-        if isinstance(decoder, LinearOperator):
-            return LinearGaussian(
-                A if isinstance(decoder, Scale) and decoder.factor == 1.0 else LinearComposition(A, decoder),
-                y,
-                likelihood.noise_std,
-            )
-        return None
 
     def _network(self, z: Tensor, sigma: Sigma) -> Tensor:
         if self._denoise is None:
@@ -525,43 +503,6 @@ class Posterior:
         lead = x.shape[: x.ndim - 1]
         parts = torch.split_with_sizes(x, [v.size for v in self.event], dim=-1)
         return {v.name: part.reshape(*lead, *v.shape) for v, part in zip(self.event, parts, strict=True)}
-
-    def _prior_key(self) -> str:
-        key = getattr(self.prior, "key", None)
-        if key is None:
-            key = fingerprint(self.prior) if isinstance(self.prior, nn.Module) else type(self.prior).__qualname__
-        return str(key)
-
-    def _provenance(
-        self, sampler: Sampler, draws: int, chains: int, seed: int, total: int, seconds: float, outcome: driver.Outcome
-    ) -> dict[str, Any]:
-        import invdiff
-
-        count = self.evaluations
-        return {
-            "invdiff_version": invdiff.__version__,
-            "torch_version": str(torch.__version__),
-            "prior": str(getattr(self.prior, "name", type(self.prior).__name__)),
-            "prior_key": self._prior_key(),
-            "sampler": type(sampler).__name__,
-            "sampler_settings": repr(sampler),
-            "citation": type(sampler).citation,
-            "measurements": self.measurements,
-            "draws": draws,
-            "chains": chains,
-            "seed": seed,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "precision": self.precision,
-            "compiled": self.compiled,
-            "micro_batch": self.micro_batch or 0,
-            "seconds": seconds,
-            "problems_in_run": self.problems,
-            "evaluations_per_draw": outcome.trace[-1].evaluations if outcome.trace else count.denoiser / total,
-            "backward_evaluations_per_draw": count.denoiser_vjp / total,
-            "likelihood_evaluations_per_draw": (count.likelihood + count.likelihood_grad) / total,
-            "stopped": outcome.stopped or "",
-        }
 
 
 def _at(levels: Sigma, rows: slice) -> Sigma:

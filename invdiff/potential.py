@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from invdiff.errors import CapabilityError
-from invdiff.operators.base import LinearOperator
+from invdiff.likelihoods import Gaussian, Likelihood
+from invdiff.operators.base import LinearOperator, Operator
+from invdiff.operators.composition import Affine, LinearComposition
 from invdiff.operators.solvers import conjugate_gradient
 from invdiff.priors.base import Curvature
 
@@ -157,6 +159,26 @@ class LinearGaussian:
             diagonal = (W * V.conj()).real.sum(0) / power.clamp_min(1e-6 * float(power.max()))
             self.tables[curvature] = diagonal.clamp_min(0.0)
         return self.tables[curvature]
+
+
+def linear_gaussian(likelihood: Likelihood, decoder: Operator | None) -> LinearGaussian | None:
+    """Return the linear-Gaussian problem in latent units, A after the decoder, or None where it is not one."""
+    if (
+        not isinstance(likelihood, Gaussian)
+        or not isinstance(likelihood.operator, LinearOperator)
+        or likelihood.measurement.is_complex()
+    ):
+        return None
+    A, y = likelihood.operator, likelihood.measurement
+    if isinstance(decoder, Affine):
+        if decoder.offset:
+            y = y - A(torch.full((1, *A.in_shape), decoder.offset, dtype=y.dtype, device=y.device))
+        decoder = None if decoder.scale == 1.0 else decoder.linear
+    if decoder is None:
+        return LinearGaussian(A, y, likelihood.noise_std)
+    if isinstance(decoder, LinearOperator):
+        return LinearGaussian(LinearComposition(A, decoder), y, likelihood.noise_std)
+    return None
 
 
 class Path(ABC):

@@ -224,8 +224,8 @@ def test_measuring_recovers_the_error_of_a_gaussian_field() -> None:
     for i, sigma in enumerate(sigmas.tolist()):
         exact = sigma**2 * spectrum / (spectrum + sigma**2)
         for k, knot in enumerate(KNOTS):
-            # An average with the hat's weights: compare with the same average of the exact variance. The relative error of a mean of
-            # m independent squares of normals is sqrt(2 / m); a coefficient of rfft2 stands for about two. Bound: five of them.
+            # An average with the hat's weights: compare with the same average of the exact variance. The relative error
+            # of a mean of m independent squares of normals is sqrt(2 / m). Bound: five of them.
             w = hat_weights(f, torch.tensor(KNOTS, dtype=torch.float64))[..., k]
             twice = torch.full((side // 2 + 1,), 2.0, dtype=torch.float64)
             twice[[0, -1]] = 1.0
@@ -237,7 +237,7 @@ def test_measuring_recovers_the_error_of_a_gaussian_field() -> None:
 
 
 def test_small_pictures_are_measured_too() -> None:
-    """At 16 x 16 several knots have no coefficient near them; a denoiser that does nothing has the same error everywhere."""
+    """At 16 x 16 some knots have no coefficient near them; a denoiser that does nothing errs alike everywhere."""
     pictures, sigmas = torch.zeros(200, 3, 16, 16), torch.tensor([0.1, 1.0])
     generator = torch.Generator().manual_seed(2)
     table = FrequencyTable.measure(lambda z, _: z, [pictures], sigmas, generator=generator)

@@ -1,4 +1,4 @@
-"""Training on a grid of synthetic tiles: data, schedules, a falling loss, going on where it stood, and the model card."""
+"""Training on a grid of synthetic tiles: data, schedules, a falling loss, going on after a cut, and the model card."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def test_wrong_files_are_named(folder: Path, tmp_path: Path) -> None:
         read_split(PHOTOS, tmp_path, "train")
     with pytest.raises(InputError, match="no grid of 5 tiles"):
         data_module.read_tiles(folder / "photos_0.png", 20, 16, 5)
-    with pytest.raises(InputError, match="holds tile 24"):
+    with pytest.raises(InputError, match="holds the tiles 0 to 23"):
         data_module.read_tiles(folder / "photos_0.png", 25, 16, 6)
 
 
@@ -215,7 +215,7 @@ def test_noise_levels_are_stratified(settings: Settings) -> None:
     sigma = draw_sigmas(n, settings, generator())
     normal = (sigma.double().log() - settings.p_mean) / settings.p_std
     u = torch.special.ndtr(normal).sort().values
-    # One in each n-th of the distribution, but for float32's rounding, so that it differs from the uniform law by 1/n at most.
+    # One in each n-th of the distribution: the empirical law differs from the uniform by 1/n at most.
     assert torch.equal((u * n).clamp(max=n - 0.5).floor(), torch.arange(n, dtype=torch.float64))
     assert float((sigma.log().argsort() - torch.arange(n)).abs().float().mean()) > n / 6  # in random order
     narrow = draw_sigmas(n, replace(settings, sigma_min=0.2, sigma_max=0.5), generator())
@@ -257,7 +257,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(settings: Settings) -> Non
 
 
 def test_the_moving_average_is_the_power_function(folder: Path, settings: Settings) -> None:
-    """After t steps the weight of step i is proportional to i^gamma, up to terms of order 1/i (Karras et al. 2024, eq. 1)."""
+    """After t steps step i weighs in proportion to i^gamma, up to terms of order 1/i (Karras et al. 2024, eq. 1)."""
     trainer = Trainer(replace(settings, ema_exponent=2.0), folder, CPU)
     seen: list[Tensor] = []
     name, parameter = next(iter(trainer.parameters.items()))
@@ -317,7 +317,7 @@ def test_the_loss_falls_and_the_prior_denoises(
 def test_a_training_that_was_cut_goes_on_where_it_stood(
     trained: tuple[Path, list[str]], folder: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    """A limit of no time cuts after ten steps. The state's moments are kept in bfloat16, 2^-9 relative: the runs agree to about that."""
+    """A limit of no time cuts after ten. The state keeps its moments in bfloat16: the runs agree to about that."""
     assert not train(settings, folder, tmp_path, CPU, limit=0.0, log=lambda _: None)
     assert not (tmp_path / "prior.toml").exists()
     text = json.loads((tmp_path / "state" / "state.json").read_text())
@@ -404,7 +404,7 @@ def test_tuning_finds_the_best_factor(folder: Path) -> None:
     x = evaluation_pictures("photos16", folder, "test", 16)[:3]
 
     def shrink(noisy: np.ndarray, level: float, share: float) -> np.ndarray:
-        return noisy + (0.5 - noisy) * share
+        return noisy + (0.5 - noisy) * share / level  # what is handed over is the factor times the level
 
     # To grey: with noise of 2 the best share is near 1, with noise of 0.01 it is 0.
     baseline = Baseline(name="", parameter="share", factors=(0.0, 0.25, 0.45), denoise=shrink)

@@ -65,11 +65,13 @@ def decode(blob: bytes, name: str, *, grey: bool = False) -> ImageFile:
             warnings.simplefilter("ignore", UserWarning)  # of metadata that are not needed
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(blob))
+            turned = _orientation(picture)
             low = _low_bytes(blob, picture, notes)
             picture.load()
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 notes.append(f"the first of {frames} frames taken")
-            if (orientation := picture.getexif().get(0x0112, 1)) in range(2, 9):
+            orientation = _orientation(picture)  # again: a PNG may say it after its pixels; a TIFF is turned by now
+            if turned > 1 or orientation > 1:
                 notes.append("EXIF orientation applied")
             if "icc_profile" in picture.info:
                 notes.append("colour profile not applied")
@@ -92,8 +94,13 @@ def decode(blob: bytes, name: str, *, grey: bool = False) -> ImageFile:
     return ImageFile(pixels, tuple(notes))
 
 
+def _orientation(picture: "Image") -> int:
+    value = picture.getexif().get(0x0112, 1)
+    return int(value) if value in range(1, 9) else 1
+
+
 def _upright(x: Tensor, orientation: int) -> Tensor:
-    """Turn a picture as EXIF's orientation 1 to 8 says: 5 to 8 swap the axes, then rows or columns are reversed."""
+    """Turn a picture as its orientation from 1 to 8 says: 5 to 8 swap the axes, then rows or columns are reversed."""
     if orientation in (5, 6, 7, 8):
         x = x.transpose(1, 2)
     axes = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation, [])
@@ -105,7 +112,7 @@ def _low_bytes(blob: bytes, picture: "PillowFile", notes: list[str]) -> "Image |
     from PIL import Image
 
     modes = [mode for tile in picture.tile for mode in _raw_modes(tile.args)]
-    if picture.mode.startswith("I") or not any(";16" in mode for mode in modes):
+    if picture.mode.startswith("I") or not any(mode.endswith((";16B", ";16L", ";16N")) for mode in modes):
         return None
     if picture.format != "PNG" or not set(modes) <= {"RGB;16B", "RGBA;16B"}:
         notes.append("16-bit colours reduced to 8 bits")

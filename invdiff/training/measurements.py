@@ -35,8 +35,7 @@ class ReportSettings:
     tuning
         First validation pictures of each data set on which they are tuned.
     samples, steps
-        Unconditional draws and their noise levels; every twelfth part of them is shown beside its nearest training
-        picture.
+        Unconditional draws, at least twelve, and their noise levels.
     calibration
         Test pictures of each data set on which the error that the denoiser's Jacobian foretells is compared with its
         error.
@@ -182,7 +181,8 @@ class Report:
         drawn = self.prior.decode(self.prior.sample(s.samples, seed=s.seed, steps=s.steps).to(device)).cpu().clamp(0, 1)
         write_palette_png(self.out / "samples.png", grid(drawn, 8 if s.samples % 8 == 0 else 6))
         ours = nearest(drawn, self.data, self.sets, count=s.searched or None)
-        shown = torch.stack((drawn[:12], ours.pictures[:12])).reshape(2, 2, 6, *drawn.shape[1:]).transpose(0, 1)
+        closest = (ours.distance / ours.second).argsort()[:12]  # the most like copies, not the first
+        shown = torch.stack((drawn[closest], ours.pictures[closest])).reshape(2, 2, 6, *drawn.shape[1:]).transpose(0, 1)
         write_png(self.out / "neighbours.png", grid(shown.reshape(24, *drawn.shape[1:]), 6))
         total = sum(self.sets.values())
         test = torch.cat([self.test[name][: round(s.compared * share / total)] for name, share in self.sets.items()])
