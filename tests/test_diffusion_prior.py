@@ -246,6 +246,30 @@ def test_small_pictures_are_measured_too() -> None:
     torch.testing.assert_close(table.log_variance, expected, rtol=0, atol=5 * math.sqrt(2 / 200))
 
 
+def test_each_coefficient_of_the_real_transform_weighs_what_it_stands_for() -> None:
+    """An error along one column alone: a column of rfft2 inside stands for two coefficients, the outer ones for one."""
+    side, n, sigmas = 16, 400, torch.tensor([0.5, 1.0])
+    basis, knots = random_table((3, side, side)), torch.tensor(KNOTS, dtype=torch.float64)
+    hats = hat_weights(radial_frequency(side, side), knots)
+    twice = torch.full((side // 2 + 1,), 2.0, dtype=torch.float64)
+    twice[[0, -1]] = 1.0
+    seen = hats.sum((0, 1)) > 0
+    for column in (0, 3, side // 2):
+        keep = torch.zeros(side // 2 + 1)
+        keep[column] = 1.0
+
+        def denoise(z: Tensor, _: Tensor, keep: Tensor = keep) -> Tensor:
+            return basis.from_basis(keep * basis.to_basis(z)) + 1e-3 * z
+
+        generator = torch.Generator().manual_seed(column)
+        table = FrequencyTable.measure(denoise, [torch.zeros(n, 3, side, side)], sigmas, generator=generator)
+        error = (keep.double() + 1e-3).square()
+        expected = torch.einsum("w,hwk->k", error * twice, hats) / torch.einsum("w,hwk->k", twice, hats)
+        ratio = table.log_variance[1].exp() / expected
+        # At least one coefficient of n squares of normals at each knot: five standard errors.
+        assert float((ratio[:, seen] - 1).abs().max()) < 5 * math.sqrt(2 / n)
+
+
 def test_wrong_tables_are_refused() -> None:
     sigmas = torch.tensor([0.1, 1.0])
     with pytest.raises(ShapeError, match=r"shape \(3, h, w\)"):

@@ -195,6 +195,16 @@ def test_a_truncated_or_damaged_file_is_an_input_error_wherever_it_is_cut(tmp_pa
         read_image(path)
 
 
+def test_a_tiff_whose_pixels_begin_at_a_word(tmp_path):
+    whole = io.BytesIO()
+    picture(4, 5).save(whole, format="tiff")
+    begin = struct.pack("<HHI", 273, 4, 1)  # tag StripOffsets, one long; type 2 is text, a TypeError in Pillow
+    assert whole.getvalue().count(begin) == 1
+    (tmp_path / "odd.tiff").write_bytes(whole.getvalue().replace(begin, struct.pack("<HHI", 273, 2, 1)))
+    with pytest.raises(InputError, match=r"odd\.tiff is damaged or truncated"):
+        read_image(tmp_path / "odd.tiff")
+
+
 def test_too_many_pixels(tmp_path, monkeypatch):
     picture(8, 8).save(tmp_path / "large.png")
     for most in (40, 20):  # Pillow warns above its limit and raises above twice the limit

@@ -65,8 +65,8 @@ def decode(blob: bytes, name: str, *, grey: bool = False) -> ImageFile:
             warnings.simplefilter("ignore", UserWarning)  # of metadata that are not needed
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(blob))
-            turned = _orientation(picture)
             low = _low_bytes(blob, picture, notes)
+            turned = _orientation(picture)
             picture.load()
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 notes.append(f"the first of {frames} frames taken")
@@ -82,7 +82,8 @@ def decode(blob: bytes, name: str, *, grey: bool = False) -> ImageFile:
         raise InputError(f"{name} has far more pixels than can be solved; resize it first.") from None
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error) as error:
+        # Pillow's readers raise all of these on damaged files.
         raise InputError(f"{name} is damaged or truncated ({error}).") from None
     pixels = _upright(pixels, orientation)
     if grey and len(pixels) == 3:

@@ -195,6 +195,7 @@ def load_prior(name_or_path: str | Path) -> NetworkPrior:
         network.load_state_dict(
             {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
         )
+        network.to(memory_format=torch.channels_last)  # convolutions are a tenth faster so, on processors too
     except (TypeError, RuntimeError) as error:
         raise InputError(
             f"{folder / card.weights['file']} and the [network] of its card do not fit: {error}"

@@ -86,7 +86,7 @@ def _verdict(report: Report) -> str:
         f"{ours['median'] / theirs['median']:.2f} times that of the test pictures."
     )
     twins = (
-        f"The {theirs['copies']} of {theirs['pictures']} test pictures below 1/3 have near copies in the training split: "
+        f"The {theirs['copies']} of {theirs['pictures']} test pictures below 1/3 have near copies in training: "
         "duplicates within the data sets, which favour the test figures a little."
     )
     return " ".join((copies, distance, *([twins] if theirs["copies"] else [])))

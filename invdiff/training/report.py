@@ -80,13 +80,15 @@ def write_report(
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if any(report.get(k) != v for k, v in identity.items()):
         report = {**identity, "parts": {}}
-    measure = Report(prior, train.mixture, data, out, settings)
-    for name, work in measure.parts():
+    parts = list(Report(prior, train.mixture, data, out, settings).parts())
+    kinds = {name.split()[0] for name, _ in parts}
+    for name, work in parts:
         if name not in report["parts"]:
             report["parts"][name] = {**work(), "environment": environment(device)}
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             log(f"{name} done")
-    (out / "README.md").write_text(model_card(card, train, report), encoding="utf-8")
+        if kinds == {done.split()[0] for done in report["parts"]}:  # some of each: enough for a card of what there is
+            (out / "README.md").write_text(model_card(card, train, report), encoding="utf-8")
     return report
 
 
