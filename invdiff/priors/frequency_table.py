@@ -22,7 +22,8 @@ KNOTS = tuple(k / 64 for k in (0, 1, 1.5, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45.25))
 def opponent_colours() -> Tensor:
     """Return the orthonormal rows grey, red minus blue, and magenta minus green, of RGB; shape (3, 3), float64."""
     rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
-    return rows / rows.norm(dim=1, keepdim=True)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit
 
 
 def radial_frequency(height: int, width: int) -> Tensor:
@@ -85,7 +86,8 @@ class FrequencyTable(Curvature):
     def to_basis(self, z: Tensor) -> Tensor:
         """(n, 3, h, w) -> complex coefficients (n, 3, h, w // 2 + 1), colours grey, red-blue, magenta-green."""
         mixed = torch.einsum("dc,nchw->ndhw", self._colours.to(z), z)
-        return torch.fft.rfft2(mixed, norm="ortho")
+        coefficients: Tensor = torch.fft.rfft2(mixed, norm="ortho")
+        return coefficients
 
     def from_basis(self, c: Tensor) -> Tensor:
         """Inverse of `to_basis`."""
@@ -129,7 +131,8 @@ class FrequencyTable(Curvature):
         generator
             Source of the noise, on the same device.
         """
-        total, count, shape, fourier = None, 0, (3, 64, 64), None
+        total, count, fourier = None, 0, None
+        shape: tuple[int, ...] = (3, 64, 64)
         for z0 in pictures:
             if total is None or fourier is None:
                 shape = tuple(z0.shape[1:])

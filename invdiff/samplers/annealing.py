@@ -1,12 +1,14 @@
 """What samplers that walk down the noise levels share."""
 
+from abc import ABC
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from invdiff.driver import State
+from invdiff.driver import Sampler, State
 from invdiff.errors import InputError
 from invdiff.integrators import karras_levels
+from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 
 
@@ -49,3 +51,23 @@ def check_steps(steps: int) -> None:
     """Raise InputError unless a sampler's steps are positive."""
     if steps < 1:
         raise InputError(f"A sampler needs at least one step, got {steps}.")
+
+
+class Annealed(Sampler, ABC):
+    """What a sampler does that walks down ``steps`` levels: the start, and how far it is."""
+
+    steps: int
+    levels: Levels
+
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnnealedState:
+        """Gaussian noise at the first level."""
+        self.levels.of(posterior, self.steps)  # levels that do not fit the prior are refused here
+        return AnnealedState(z=posterior.start(ensembles, n, noise))
+
+    def done(self, state: AnnealedState) -> bool:
+        """All levels walked."""
+        return state.step >= self.steps
+
+    def progress(self, state: AnnealedState) -> float:
+        """Share of the levels walked."""
+        return state.step / self.steps

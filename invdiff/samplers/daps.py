@@ -31,12 +31,12 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from invdiff.draws import Draws
-from invdiff.driver import Cost, Info, Sampler, State
+from invdiff.driver import Cost, Info
 from invdiff.errors import CapabilityError, InputError
 from invdiff.integrators import Euler, karras_levels
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.annealing import Levels, check_steps
+from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
 
 
 class Inner(ABC):
@@ -114,7 +114,7 @@ class ExactInner(Inner):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DAPS(Sampler):
+class DAPS(Annealed):
     """Decoupled annealing posterior sampling.
 
     Parameters
@@ -161,12 +161,7 @@ class DAPS(Sampler):
         """``ode_steps`` forward passes a level."""
         return Cost(self.steps * self.ode_steps)
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> State:
-        """Gaussian noise at the first level."""
-        self.levels.of(posterior, self.steps)
-        return State(z=posterior.start(ensembles, n, noise))
-
-    def step(self, posterior: Posterior, state: State, *, noise: Noise) -> tuple[State, Info]:
+    def step(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> tuple[AnnealedState, Info]:
         """One level: flow to 0, draw x_0, noise again."""
         levels = self.levels.of(posterior, self.steps)
         sigma, sigma_next = levels[state.step], levels[state.step + 1]
@@ -179,16 +174,8 @@ class DAPS(Sampler):
         x = self.inner.draw(posterior, x, sigma, noise)
         misfit = posterior.misfit(x)
         z = x + sigma_next * noise.like(x) if sigma_next > 0.0 else x
-        return State(z=z, step=state.step + 1), Info(sigma=sigma_next, misfit=misfit)
+        return AnnealedState(z=z, step=state.step + 1), Info(sigma=sigma_next, misfit=misfit)
 
-    def done(self, state: State) -> bool:
-        """All levels walked."""
-        return state.step >= self.steps
-
-    def progress(self, state: State) -> float:
-        """Share of the levels walked."""
-        return state.step / self.steps
-
-    def finish(self, posterior: Posterior, state: State, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+    def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the last level's x_0."""
         return Draws(z=state.z)

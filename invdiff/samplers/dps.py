@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 from invdiff.draws import Draws
-from invdiff.driver import Cost, Info, Sampler
+from invdiff.driver import Cost, Info
 from invdiff.integrators import Ancestral, Integrator
 from invdiff.noise import Noise
 from invdiff.posterior import Block, Posterior
-from invdiff.samplers.annealing import AnnealedState, Levels, check_steps
+from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DPS(Sampler):
+class DPS(Annealed):
     """Diffusion posterior sampling.
 
     Parameters
@@ -81,11 +81,6 @@ class DPS(Sampler):
         """One forward and one backward pass a step."""
         return Cost(self.steps, self.steps)
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnnealedState:
-        """Gaussian noise at the first level."""
-        self.levels.of(posterior, self.steps)
-        return AnnealedState(z=posterior.start(ensembles, n, noise))
-
     def step(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> tuple[AnnealedState, Info]:
         """One guided step."""
         levels = self.levels.of(posterior, self.steps)
@@ -109,14 +104,6 @@ class DPS(Sampler):
             z = z - self.scale * change * gradient
         misfit = float(torch.cat(deviances).mean()) / posterior.measurements
         return AnnealedState(z=z, step=state.step + 1), Info(sigma=sigma_next, misfit=misfit)
-
-    def done(self, state: AnnealedState) -> bool:
-        """All levels walked."""
-        return state.step >= self.steps
-
-    def progress(self, state: AnnealedState) -> float:
-        """Share of the levels walked."""
-        return state.step / self.steps
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the particles at sigma = 0."""

@@ -16,16 +16,16 @@ from typing import ClassVar, final
 import torch
 
 from invdiff.draws import Draws
-from invdiff.driver import Cost, Info, Sampler
+from invdiff.driver import Cost, Info
 from invdiff.integrators import DPMSolver2M, Integrator
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.annealing import AnnealedState, Levels, check_steps
+from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ImportanceSampling(Sampler):
+class ImportanceSampling(Annealed):
     """Draws of the prior, weighted by the likelihood.
 
     Parameters
@@ -63,11 +63,6 @@ class ImportanceSampling(Sampler):
         """As the integrator has it."""
         return Cost(self.integrator.evaluations * self.steps - (self.integrator.evaluations - 1))
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnnealedState:
-        """Gaussian noise at the first level."""
-        self.levels.of(posterior, self.steps)
-        return AnnealedState(z=posterior.start(ensembles, n, noise))
-
     def step(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> tuple[AnnealedState, Info]:
         """One step of the prior's reverse diffusion."""
         levels, k = self.levels.of(posterior, self.steps), state.step
@@ -81,14 +76,6 @@ class ImportanceSampling(Sampler):
             normal=noise.like,
         )
         return AnnealedState(z=z, step=k + 1, memory=memory), Info(sigma=levels[k + 1])
-
-    def done(self, state: AnnealedState) -> bool:
-        """All levels walked."""
-        return state.step >= self.steps
-
-    def progress(self, state: AnnealedState) -> float:
-        """Share of the levels walked."""
-        return state.step / self.steps
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the draws of the prior with their weights, and the evidence."""

@@ -28,13 +28,13 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from invdiff.draws import Draws
-from invdiff.driver import Cost, Info, Sampler
+from invdiff.driver import Cost, Info
 from invdiff.errors import CapabilityError
 from invdiff.integrators import DPMSolver2M, Integrator
 from invdiff.noise import Noise
 from invdiff.posterior import Block, Posterior
 from invdiff.potential import LinearGaussian
-from invdiff.samplers.annealing import AnnealedState, Levels, check_steps
+from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
 
 
 class Covariance(ABC):
@@ -162,7 +162,7 @@ class Isotropic(Covariance):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PiGDM(Sampler):
+class PiGDM(Annealed):
     """Reverse diffusion with the denoiser given the measurement.
 
     Parameters
@@ -208,11 +208,6 @@ class PiGDM(Sampler):
         forward = self.integrator.evaluations * self.steps - (self.integrator.evaluations - 1)
         return Cost(forward, forward * self.covariance.backward())
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnnealedState:
-        """Gaussian noise at the first level."""
-        self.levels.of(posterior, self.steps)
-        return AnnealedState(z=posterior.start(ensembles, n, noise))
-
     def step(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> tuple[AnnealedState, Info]:
         """One step with the guided denoiser."""
         levels, k = self.levels.of(posterior, self.steps), state.step
@@ -233,14 +228,6 @@ class PiGDM(Sampler):
             normal=noise.like,
         )
         return AnnealedState(z=z, step=k + 1, memory=memory), Info(sigma=levels[k + 1], misfit=misfits[0])
-
-    def done(self, state: AnnealedState) -> bool:
-        """All levels walked."""
-        return state.step >= self.steps
-
-    def progress(self, state: AnnealedState) -> float:
-        """Share of the levels walked."""
-        return state.step / self.steps
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the particles at sigma = 0."""
