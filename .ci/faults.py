@@ -1,4 +1,6 @@
-"""Seed faults one at a time and see a named test fail for each: `python .ci/faults.py`, after `pip install -e ".[test]"`.
+"""Seed faults one at a time and see a named test fail for each.
+
+    pip install -e ".[test]" && python .ci/faults.py
 
 Each fault is planted in a copy of the tree; the checkout is not touched. Every named test must pass without the fault.
 """
@@ -94,7 +96,7 @@ FAULTS = [
         "invdiff/metrics/ensemble.py",
         "position = q * (n + 1)",
         "position = q * (n - 1) + 1",
-        "tests/test_metrics.py::test_quantile_is_weibulls",
+        "tests/test_metrics.py::test_quantile_is_numpys_weibull",
     ),
     (
         "the steps of a resumed run drawn from the streams of the first ones",
@@ -119,7 +121,9 @@ def main() -> int:
     unseen = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "tree"
-        shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".carry"))
+        shutil.copytree(
+            source, root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".carry")
+        )
         for name, file, text, faulty, test in FAULTS:
             path = root / file
             right = path.read_text(encoding="utf-8")

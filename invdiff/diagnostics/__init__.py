@@ -1,1 +1,1 @@
-
+"""Calibration against exact posteriors, and checks of priors."""

@@ -1,5 +1,6 @@
 """What a prior is: two Protocols over one base, so that a user's network is a prior without inheriting."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,11 +12,11 @@ Sigma = float | Tensor
 
 @runtime_checkable
 class DiffusionPrior(Protocol):
-    """A continuous diffusion prior in variance-exploding notation: ``z_sigma = z_0 + sigma * eps`` (Karras et al. 2022).
+    """A continuous diffusion prior, variance-exploding: ``z_sigma = z_0 + sigma * eps`` (Karras et al. 2022).
 
-    This is the least that a user writes. Optional members, used where they exist: ``decoder`` (an Operator from latent to
-    physical units; the identity if missing), ``event``, ``encode(x)``, ``sample(n, seed=)``, ``at(shape)``, ``condition(given)``,
-    ``curvature(sigma)``, ``name``, ``key`` (a hash of what defines it) and ``dtype``.
+    This is the least that a user writes. Optional members, used where they exist: ``decoder`` (an Operator from latent
+    to physical units; the identity if missing), ``event``, ``encode(x)``, ``sample(n, seed=)``, ``at(shape)``,
+    ``condition(given)``, ``curvature`` (a `Curvature`), ``name``, ``key`` (a hash of what defines it) and ``dtype``.
     """
 
     @property
@@ -71,27 +72,27 @@ class MaskedPrior(Protocol):
         ...
 
 
-class Curvature:
+class Curvature(ABC):
     r"""Error covariance of a denoiser by sigma, diagonal in a fixed orthonormal basis.
 
-    The covariance ``C(sigma) = Cov[z_0 | z_sigma]`` is what Tweedie's second-order formula gives, ``C = sigma^2 dD/dz``; the curvature
-    of ``-log p_sigma`` follows as ``h = (1 - C / sigma^2) / sigma^2``. For a Gaussian prior it is exact; for a trained one it is the
-    table of its mean squared error by frequency.
+    The covariance ``C(sigma) = Cov[z_0 | z_sigma]`` is what Tweedie's second-order formula gives,
+    ``C = sigma^2 dD/dz``; the curvature of ``-log p_sigma`` follows as ``h = (1 - C / sigma^2) / sigma^2``. For a
+    Gaussian prior it is exact; for a trained one it is the table of its mean squared error by frequency.
 
     Subclasses give `to_basis`, `from_basis` and `variance`.
     """
 
+    @abstractmethod
     def to_basis(self, z: Tensor) -> Tensor:
         """Coefficients of z (n, *shape) in the orthonormal basis; may be complex."""
-        raise NotImplementedError
 
+    @abstractmethod
     def from_basis(self, c: Tensor) -> Tensor:
         """Inverse of `to_basis`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def variance(self, sigma: float) -> Tensor:
         """Error variance of each coefficient, broadcasting against coefficients without their leading axis."""
-        raise NotImplementedError
 
     def covariance(self, v: Tensor, sigma: float) -> Tensor:
         """C(sigma) v."""
