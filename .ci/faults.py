@@ -51,7 +51,7 @@ FAULTS = [
     ),
     (
         "[0, 1] for [-1, 1]: the decoder's offset left in the measurement",
-        "invdiff/posterior.py",
+        "invdiff/potential.py",
         "if decoder.offset:",
         "if False:",
         "tests/test_posterior.py::test_the_linear_problem_is_the_composition_less_its_offset",
@@ -102,7 +102,7 @@ FAULTS = [
         "the steps of a resumed run drawn from the streams of the first ones",
         "invdiff/driver.py",
         "sampler.step(posterior, state, noise=noise.at(state.step + 1))",
-        "sampler.step(posterior, state, noise=noise.at(len(trace) + 1))",
+        "sampler.step(posterior, state, noise=noise.at(len(trace) - resumed + 1))",
         "tests/test_driver.py::test_a_resumed_run_gives_the_draws_of_the_uncut_one",
     ),
 ]
