@@ -35,7 +35,7 @@ class MotionKernel(_Card):
     """A camera-shake path; without a seed it follows the index, modulo `seeds`."""
 
     type: Literal["motion"]
-    size: Count
+    size: Annotated[int, Field(ge=3)]
     intensity: Annotated[float, Field(strict=True, ge=0.0, le=1.0)] = 0.5
     seed: Index | None = None
     seeds: Count = 8

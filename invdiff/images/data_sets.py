@@ -43,7 +43,7 @@ def read_tiles(path: Path, side: int, columns: int, indices: Sequence[int]) -> F
 
 
 def _to_side(x: Tensor, side: int, name: str) -> Tensor:
-    """Average a square picture (c, s, s) down to (c, side, side)."""
+    """Average a square picture (c, s, s) down to (c, side, side); exact where side divides s."""
     length = x.shape[-1]
     if length < side:
         raise InputError(f"{name} has {length} x {length} pixels, fewer than the {side} x {side} asked for.")

@@ -132,7 +132,8 @@ def _raw_modes(args: object) -> list[str]:
 
 def _levels(picture: "Image", low: "Image | None", notes: list[str]) -> Tensor:
     """Values in [0, 1], shape (1 or 3, h, w); `low` has the low bytes of 16-bit colours."""
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+    bands = () if picture.mode == "LAB" else picture.getbands()  # LAB's A is a colour
+    if "A" in bands or "a" in bands or "transparency" in picture.info:
         notes.append("alpha dropped")
     if low is not None:
         values = 256.0 * np.asarray(picture.convert("RGB"), np.float64) + np.asarray(low, np.float64)

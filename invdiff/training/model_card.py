@@ -1,5 +1,6 @@
 """The model card of a trained prior, README.md: words, and numbers that all come from its card and report.json."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,8 @@ def _verdict(report: Report) -> str:
         f"The {theirs['copies']} of {theirs['pictures']} test pictures below 1/3 have near copies in training: "
         "duplicates within the data sets, which favour the test figures a little."
     )
-    return " ".join((copies, distance, *([twins] if theirs["copies"] else [])))
+    limit = "A copy that is shifted or changed in part is not seen by a distance of pixels."
+    return " ".join((copies, distance, limit, *([twins] if theirs["copies"] else [])))
 
 
 def _environments(report: Report) -> str:
@@ -123,7 +125,7 @@ def model_card(card: TrainedCard, train: Settings, report: Report) -> str:
     subset = next(iter(_named(report["parts"], "subset").values()))["prior"]["pooled"]["pictures"]
     checked = next(iter(_named(report["parts"], "calibration").values()))["pictures"]
     patch = s["NL-means"]
-    return f"""# {card.name}
+    return _filled(f"""# {card.name}
 
 Written by `python -m invdiff.training.report`; its numbers come from `prior.toml` and `report.json`.
 
@@ -131,8 +133,8 @@ Written by `python -m invdiff.training.report`; its numbers come from `prior.tom
 {card.sigma_max:g} in latent
 units of [-1, 1], and with it the score of every noised distribution of small photographs.
 
-    prior = invdiff.load_prior("{card.name}")            # {" x ".join(map(str, card.shape))}
-    prior = prior.at((3, 128, 96))                   # the same weights on another grid, sides divisible by 8
+    prior = invdiff.load_prior("{card.name}")   # {" x ".join(map(str, card.shape))}
+    prior = prior.at((3, 128, 96))             # the same weights on another grid, sides divisible by 8
 
 ## Network
 A fully convolutional U-Net in the preconditioning of EDM (Karras et al. 2022, arXiv:2206.00364):
@@ -150,8 +152,7 @@ frequency
 
 ## Training
 {how["steps"]:,} steps of {train.batch} pictures ({how["images"] / 1e6:.2f} million) in {how["seconds"]:.0f} s of
-training on {how["device"]}
-(one or more of them), torch {how["torch"]}; Adam, peak learning rate {train.learning_rate:g}, power-function moving
+training on {how["device"]}, torch {how["torch"]}; Adam, peak learning rate {train.learning_rate:g}, power-function moving
 average of the weights.
 ln(sigma) is normal with mean {train.p_mean:g} and standard deviation {train.p_std:g}. Photographs are mirrored, a
 quarter of them zoomed
@@ -222,7 +223,7 @@ never seen.
 measurement does not
   determine. The photographs are from web searches of 2003, among them several hundred of faces, with the biases of
 such searches;
-  draws may show invented faces.
+  draws show faces that are invented but may resemble people in those photographs.
 - Pictures are 8-bit sRGB values, not linear light, and were once JPEG or WebP files: faint compression traces are
 part of the model.
 - Unconditional draws have textures and layouts of photographs but rarely whole objects: a network of this size,
@@ -230,7 +231,30 @@ trained in minutes,
   knows local structure better than global. Denoising at small and moderate noise is what it is good at.
 
 Measured with {_environments(report)}.
-"""
+""")
+
+
+def _filled(text: str) -> str:
+    """Fill paragraphs and list items of a Markdown text to 120 columns; code, tables, headings and pictures stay."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        heading, _, body = block.partition("\n") if block.startswith("#") else ("", "", block)
+        if body and not body.startswith(("    ", "|", "![")):
+            items = body.removeprefix("- ").split("\n- ") if body.startswith("- ") else [body]
+            bullet = "- " if body.startswith("- ") else ""
+            body = "\n".join(
+                textwrap.fill(
+                    " ".join(item.split()),
+                    120,
+                    initial_indent=bullet,
+                    subsequent_indent=" " * len(bullet),
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for item in items
+            )
+        blocks.append("\n".join(part for part in (heading, body) if part))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _words(values: Any) -> str:
