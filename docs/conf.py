@@ -1,6 +1,7 @@
 """Sphinx configuration: `sphinx-build -W -b html docs docs/_build`."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,13 @@ def write_includes() -> None:
     table = HERE / "exactness_table.md"
     none = "The table has not been measured in this checkout: run `python -m invdiff.bench.exactness`.\n"
     (generated / "exactness_table.md").write_text(table.read_text("utf-8") if table.is_file() else none, "utf-8")
-    cards = [path.read_text("utf-8") for path in sorted((ROOT / "priors").glob("*/README.md"))]
+    cards = []
+    for path in sorted((ROOT / "priors").glob("*/README.md")):
+        pictures = generated / path.parent.name
+        pictures.mkdir(exist_ok=True)
+        for picture in path.parent.glob("*.png"):
+            shutil.copy(picture, pictures)
+        cards.append(re.sub(r"\]\(([^/)]+\.png)\)", rf"](generated/{path.parent.name}/\1)", path.read_text("utf-8")))
     text = "\n\n".join(re.sub(r"^#", "##", card, flags=re.MULTILINE) for card in cards)
     (generated / "model_cards.md").write_text(text or "This checkout holds no trained prior.\n", "utf-8")
 

@@ -466,6 +466,8 @@ def test_the_report_goes_on_and_its_card_holds_its_numbers(
     assert f"{figure['mean']:.2f} ± {figure['standard_error']:.2f}" in text
     assert f"{figure['pictures']} pictures in all" in text and figure["pictures"] == 16
     assert "Nobody." in text and f"{report['parameters']:,} parameters" in text
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "!", "    "))]
+    assert max(map(len, prose)) <= 120 and "torchrun --standalone --nproc_per_node 2" in text
     assert report["parts"]["samples"]["evaluations_per_sample"] == 5
     prior, x = load_prior(home), evaluation_pictures("photos16", folder, "test", 16)
     mean = report["parts"]["denoising 0.1"]["prior"]["photos16"]["mean"]

@@ -152,8 +152,8 @@ frequency
 
 ## Training
 {how["steps"]:,} steps of {train.batch} pictures ({how["images"] / 1e6:.2f} million) in {how["seconds"]:.0f} s of
-training on {how["device"]}, torch {how["torch"]}; Adam, peak learning rate {train.learning_rate:g}, power-function moving
-average of the weights.
+training on {how["device"]}, torch {how["torch"]}; Adam, peak learning rate {train.learning_rate:g},
+power-function moving average of the weights.
 ln(sigma) is normal with mean {train.p_mean:g} and standard deviation {train.p_std:g}. Photographs are mirrored, a
 quarter of them zoomed
 by up to 1.25; aerial images are cut, halved, turned and mirrored. The command, on a machine of two GPUs:
