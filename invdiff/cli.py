@@ -125,7 +125,9 @@ def show(
 @app.command()
 def train(
     settings: Annotated[Path, typer.Argument(help="TOML file of settings, e.g. priors/photos-64/train.toml.")],
-    out: Annotated[Path, typer.Option(help="Folder for the state and the finished prior.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the state and the finished prior; NAME-trained if left out.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(envvar="INVDIFF_DATA", help="Folder of the pictures.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Training time in all; the settings' if left out.")] = None,
     device: Device = None,
@@ -143,7 +145,13 @@ def train(
     if data is None or not data.is_dir():
         raise InputError(f"Training needs the folder of the pictures, with --data or INVDIFF_DATA; got {data}.")
     place = as_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run(read_settings(settings, seconds=seconds), data, out, place, resume=resume, compiled=compiled, log=typer.echo)
+    chosen = read_settings(settings, seconds=seconds)
+    folder = out or Path(f"{chosen.name}-trained")
+    if (folder / "state" / "state.json").exists() and not resume:
+        raise InputError(
+            f"{folder} holds the state of a training; go on with --resume, or name another folder with --out."
+        )
+    run(chosen, data, folder, place, resume=resume, compiled=compiled, log=typer.echo)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,11 +10,12 @@ from torch import Tensor
 from invdiff import likelihoods, operators, samplers
 from invdiff.errors import CapabilityError, CatalogueError, InputError, ShapeError
 from invdiff.event import Variable
+from invdiff.networks import UNet
 from invdiff.noise import Noise
 from invdiff.operators.base import LinearOperator, Operator
 from invdiff.posterior import Posterior
 from invdiff.potential import LinearGaussian, Noised, Tempered
-from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior
+from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior, NetworkPrior
 from invdiff.problem import Problem
 from invdiff.solve import solve
 
@@ -529,3 +530,35 @@ def test_given_variables_are_conditioned_on():
         joint.condition({"u": torch.zeros(3)})
     with pytest.raises(CatalogueError, match="did you mean"):
         joint.condition({"uu": u})
+
+
+def tiny_network_prior():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        network = UNet(channels=(16, 32), blocks=1, attention=(False, False), embedding=16, groups=4)
+        for p in network.parameters():
+            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return NetworkPrior(network, (3, 8, 8), name="tiny").eval_only()
+
+
+def test_precision_is_the_networks_alone_and_is_written_down():
+    prior = tiny_network_prior()
+    case = Problem(likelihoods.Gaussian(operators.Scale((3, 8, 8)), torch.full((3, 8, 8), 0.4), 0.1))
+    exact, rough = (
+        solve(case, prior, samplers.PiGDM(steps=4, covariance=samplers.Isotropic()), draws=2, precision=p)
+        for p in ("float32", "bfloat16")
+    )
+    assert (exact.about["precision"], rough.about["precision"]) == ("float32", "bfloat16")
+    assert rough.draws.dtype == torch.float32
+    difference = float((exact.draws - rough.draws).abs().max())
+    assert 0.0 < difference < 0.1  # bfloat16 has 8 bits; a network in it is rounded, but is the same network
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_draws():
+    prior = tiny_network_prior()
+    case = Problem(likelihoods.Gaussian(operators.Scale((3, 8, 8)), torch.full((3, 8, 8), 0.4), 0.1))
+    sampler = samplers.DAPS(steps=3, inner=samplers.ExactInner())
+    plain, compiled = (solve(case, prior, sampler, draws=2, compile=c) for c in (False, True))
+    assert compiled.about["compiled"]
+    torch.testing.assert_close(compiled.draws, plain.draws, rtol=1e-3, atol=1e-4)
