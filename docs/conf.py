@@ -51,7 +51,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"invdiff {release}"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False, "use_edit_page_button": False}
-html_sidebars = {"index": []}
+PAGES = ("index", "quickstart", "samplers", "priors", "exactness", "contracts", "changelog")
+html_sidebars = {page: [] for page in PAGES}  # only the reference has pages below its own
 html_show_sourcelink = False
 
 
