@@ -121,9 +121,7 @@ def main() -> int:
     unseen = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "tree"
-        shutil.copytree(
-            source, root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".carry")
-        )
+        shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
         for name, file, text, faulty, test in FAULTS:
             path = root / file
             right = path.read_text(encoding="utf-8")
