@@ -18,7 +18,6 @@ from invdiff.card_models import DataCard
 from invdiff.images import (
     load_data_card,
     load_image,
-    pad_to_multiple,
     read_image,
     read_tiles,
     resize_image,
@@ -213,21 +212,9 @@ def test_too_many_pixels(tmp_path, monkeypatch):
             read_image(tmp_path / "large.png")
 
 
-@pytest.mark.parametrize(("h", "w", "multiple"), [(1, 2, 8), (2, 1, 5), (3, 7, 4), (8, 16, 8), (5, 9, 1), (13, 31, 32)])
-def test_padding_reflects_and_is_cropped_back(h, w, multiple):
-    x = torch.arange(2.0 * h * w).reshape(2, h, w)
-    padded, (rows, columns) = pad_to_multiple(x, multiple)
-    expected = tuple(-(-side // multiple) * multiple for side in (h, w))
-    assert padded.shape == (2, *expected)
-    assert torch.equal(padded[:, rows, columns], x)
-    theirs = np.pad(x.numpy(), ((0, 0), (0, expected[0] - h), (0, expected[1] - w)), mode="reflect")
-    assert np.array_equal(padded.numpy(), theirs)
-
-
-def test_padding_and_resizing_refuse_no_size():
-    for function in (pad_to_multiple, resize_image):
-        with pytest.raises(InputError, match="got 0"):
-            function(torch.zeros(3, 4, 4), 0)
+def test_resizing_refuses_no_size():
+    with pytest.raises(InputError, match="got 0"):
+        resize_image(torch.zeros(3, 4, 4), 0)
 
 
 def test_resizing():

@@ -2,14 +2,13 @@
 
 from invdiff.images.data_sets import load_data_card, load_image, read_tiles
 from invdiff.images.reading import ImageFile, read_image
-from invdiff.images.shaping import pad_to_multiple, resize_image
+from invdiff.images.shaping import resize_image
 from invdiff.images.writing import write_png
 
 __all__ = [
     "ImageFile",
     "load_data_card",
     "load_image",
-    "pad_to_multiple",
     "read_image",
     "read_tiles",
     "resize_image",
