@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from math import exp, log
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -194,10 +194,11 @@ class Solution:
         if not count:
             raise CapabilityError("The number of measured values is not known; this solution cannot be checked.")
         ratio = float(self.deviance.mean()) / count
-        # A fitted unknown absorbs part of the noise, a draw adds its spread: the band is wider than chi-square's.
         spread = (2.0 / count) ** 0.5
+        # Draws and truth have one joint law with the measurement, so that exact draws have the noise's chi-square; a
+        # tenth is allowed for what prior and sampler lack.
         band = 0.1 + 4.0 * spread
-        verdict = "misfit" if ratio > 1 + band else "overfit" if ratio < exp(-4 * band) else "consistent"
+        verdict = "misfit" if ratio > 1 + band else "overfit" if ratio < 1 - band else "consistent"
         return {"reduced_chi_square": ratio, "expected_spread": spread, "verdict": verdict}
 
     def score(self, reference: Values | None = None) -> dict[str, float]:

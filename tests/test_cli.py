@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from invdiff import InputError, Solution, cards, cli, load_prior
+import invdiff
+from invdiff import InputError, Problem, ShapeError, Solution, cards, cli, load_prior
+from invdiff.cli_picture import padded
 from invdiff.cli_settings import apply, parse
 from invdiff.networks.unet import UNet
+from invdiff.operators import Scale
 from invdiff.priors import FrequencyTable, NetworkPrior
 from invdiff.priors.frequency_table import KNOTS
 from invdiff.priors.loading import TrainedCard, save_prior
@@ -55,6 +58,7 @@ def here(tmp_path, monkeypatch):
     Image.fromarray((np.eye(3) * 255).astype(np.uint8)).save("kernel.png")
     Image.fromarray(((levels[..., 0] > 99) * 255).astype(np.uint8)).save("mask.png")
     Image.fromarray(np.zeros((5, 5), np.uint8)).save("small.png")
+    Image.fromarray(np.full((13, 21), np.nan, np.float32)).save("nan.tif")
     return tmp_path
 
 
@@ -172,6 +176,7 @@ def test_resize_and_a_long_run_needs_yes(here, capsys, prior, monkeypatch):
         (["--image", "nothing.png", "--simulate"], "There is no picture nothing.png"),
         (["--image", "text.png", "--simulate"], "text.png is not a picture"),
         (["--image", "cut.png", "--simulate"], "cut.png is damaged or truncated"),
+        (["--image", "nan.tif", "--noise", "0.1", "--set", "operator.kernel=kernel.png"], "finite"),
         (["--image", "plain.png", "--simulate", "--noise", "0"], "--noise must be positive"),
         (["--image", "plain.png", "--simulate", "--noise", "-1"], "--noise must be positive"),
         (["--image", "plain.png", "--simulate", "--noise", "nan"], "--noise must be positive"),
@@ -259,6 +264,14 @@ def test_a_sampler_that_cannot_names_those_that_can(here, capsys, tmp_path_facto
     status, _, err = solve(capsys, bare, "--sampler", "pigdm", "--set", "sampler.covariance=spectral")
     assert status == 2 and "PiGDM needs curvature" in err and "Samplers that can:" in err and "DAPS" in err
     assert files(here) == before
+
+
+def test_a_picture_of_other_channels_than_the_priors_is_refused_before_the_run(prior):
+    grey = Problem.simulate(Scale((1, 64, 64)), torch.full((1, 64, 64), 0.5), noise_std=0.1)
+    with pytest.raises(ShapeError, match="different unknowns"):
+        invdiff.solve(grey, str(prior))
+    with pytest.raises(ShapeError, match="channels"):
+        padded((1, 64, 64), load_prior(prior))
 
 
 def test_a_failed_run_is_status_1(here, capsys, prior):

@@ -59,8 +59,8 @@ class Langevin(Inner):
     steps
         Steps a level.
     rate
-        Step size in units of the inverse of the largest curvature, in (0, 2); the bias of a step is about rate / 4 in
-        relative variance.
+        Step size in units of the inverse of the largest curvature, in (0, 2). In that stiffest direction the steps'
+        stationary variance is 1 / (1 - rate / 2) of the true one; in softer directions the error is smaller.
     slope
         Bound on the norm of the operator's derivative dA/dz, latent units, for problems that are not linear.
     """

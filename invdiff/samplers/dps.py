@@ -51,6 +51,8 @@ class DPS(Annealed):
         Number of steps to which ``scale`` refers.
     levels
         Noise levels.
+    integrator
+        Stepper of the unconditional step; one evaluation a step.
     """
 
     steps: int = 100
