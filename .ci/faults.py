@@ -51,7 +51,7 @@ FAULTS = [
     ),
     (
         "[0, 1] for [-1, 1]: the decoder's offset left in the measurement",
-        "invdiff/potential.py",
+        "invdiff/linear_gaussian.py",
         "if decoder.offset:",
         "if False:",
         "tests/test_posterior.py::test_the_linear_problem_is_the_composition_less_its_offset",
@@ -86,7 +86,7 @@ FAULTS = [
     ),
     (
         "noise of an exact inner draw left out",
-        "invdiff/samplers/daps.py",
+        "invdiff/samplers/inner.py",
         "- rows.noise_std.to(x.dtype) * eps",
         "- 0.0 * eps",
         "tests/test_samplers.py::test_daps_exact_inner_draws_from_its_gaussian",

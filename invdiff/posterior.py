@@ -21,10 +21,11 @@ from invdiff.driver import Budget, Callback, Sampler
 from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.event import Event, check_agreement, plain_event
 from invdiff.likelihoods import Gaussian, Likelihood
+from invdiff.linear_gaussian import LinearGaussian, linear_gaussian
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator
 from invdiff.operators.composition import Affine
-from invdiff.potential import LinearGaussian, LogProbAndGrad, Path, linear_gaussian
+from invdiff.potential import LogProbAndGrad, Path
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior, Sigma
 from invdiff.problem import Problem
 from invdiff.provenance import prior_key, provenance

@@ -1,4 +1,4 @@
-r"""The likelihood along the noise levels: the linear problem in latent units, and the paths that temper it.
+r"""The likelihood along the noise levels: the paths that temper it.
 
 A path is a family f_sigma with f_0 = log p(y | z). The noised path of a linear-Gaussian problem is
 
@@ -10,7 +10,7 @@ is a valid path too, since any positive f_sigma with the right end will do.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log, pi, prod
 from typing import final
 
@@ -19,166 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from invdiff.errors import CapabilityError
-from invdiff.likelihoods import Gaussian, Likelihood
-from invdiff.operators.base import LinearOperator, Operator
-from invdiff.operators.composition import Affine, LinearComposition
-from invdiff.operators.solvers import conjugate_gradient
-from invdiff.priors.base import Curvature
+from invdiff.linear_gaussian import LinearGaussian
 
 LogProbAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class LinearGaussian:
-    r"""``y = A z + noise_std * eps`` in latent units, with A the measurement operator after the prior's decoder.
-
-    Parameters
-    ----------
-    operator
-        A, from latent units to the measurement's.
-    measurement
-        Measurements less the decoder's offset, (problems, \*out_shape), or one a row after `rows`.
-    noise_std
-        Scalar or diagonal, measurement's units, float64.
-    tables
-        What was measured of the operator: its norm (under None), and for `correction` by basis; shared by all `rows`.
-    """
-
-    operator: LinearOperator
-    measurement: Tensor
-    noise_std: Tensor
-    tables: dict[Curvature | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def scalar_variance(self) -> float | None:
-        """R where it is a scalar, else None."""
-        return float(self.noise_std) ** 2 if self.noise_std.ndim == 0 else None
-
-    @property
-    def has_svd(self) -> bool:
-        """Whether functions of A A^T + R are closed forms: an SVD of A, and scalar R."""
-        return self.noise_std.ndim == 0 and self.operator.svd is not None
-
-    def rows(self, index: Tensor) -> "LinearGaussian":
-        """Return the problem whose row i holds measurement ``index[i]``."""
-        y = self.measurement if len(self.measurement) == 1 else self.measurement[index]
-        return LinearGaussian(self.operator, y, self.noise_std, self.tables)
-
-    def residual(self, z: Tensor) -> Tensor:
-        """Y - A z for z of shape (n, *shape)."""
-        return self.measurement.to(z.dtype) - self.operator(z)
-
-    def solve(
-        self,
-        r: Tensor,
-        covariance: Callable[[Tensor], Tensor] | float,
-        *,
-        rtol: float | None = None,
-        max_iterations: int = 500,
-    ) -> Tensor:
-        """(R + A C A^T)^{-1} r.
-
-        Parameters
-        ----------
-        r
-            Residuals (n, *out_shape).
-        covariance
-            v -> C v on (n, *shape), symmetric and positive; or a float c for C = c * identity (a closed form with an
-            SVD).
-        rtol, max_iterations
-            Of the conjugate gradients, where they are needed.
-        """
-        A, variance = self.operator, (self.noise_std**2).to(r.dtype)
-        if isinstance(covariance, (int, float)):
-            c = float(covariance)
-            if self.has_svd and A.svd is not None:
-                return A.svd.outer(lambda s2: 1.0 / (variance + c * s2), r)
-            return conjugate_gradient(
-                lambda v: variance * v + c * A(A.adjoint(v)), r, rtol=rtol, max_iterations=max_iterations
-            )
-        apply = covariance
-        return conjugate_gradient(
-            lambda v: variance * v + A(apply(A.adjoint(v))), r, rtol=rtol, max_iterations=max_iterations
-        )
-
-    def correction(
-        self, r: Tensor, curvature: Curvature, sigma: float, *, atol: float | None = None, max_iterations: int = 400
-    ) -> Tensor:
-        """C A^T (R + A C A^T)^{-1} r, with C the curvature's covariance at sigma.
-
-        It is the x that solves (C^{-1} + A^T R^{-1} A) x = A^T R^{-1} r, by conjugate gradients with the diagonal of
-        that matrix in the curvature's basis as the preconditioner: a few iterations for operators that are nearly
-        diagonal there, as a blur in the Fourier basis is for any boundary.
-
-        Parameters
-        ----------
-        r
-            Residuals (n, *out_shape).
-        curvature, sigma
-            Error covariance of the denoiser, and where it is taken.
-        atol
-            Root-mean-square error of the result in units of the standard deviation of z_0 given z_sigma and y; 1e-3
-            in float32 and 1e-11 in float64 if None, since a solution cut short answers to the last bit of its input
-            with a share of its tolerance.
-        max_iterations
-            Bound on the iterations.
-        """
-        atol = (1e-11 if r.dtype == torch.float64 else 1e-3) if atol is None else atol
-        A, variance = self.operator, (self.noise_std**2).to(r.dtype)
-        c = curvature.variance(sigma).to(r)
-        inverse = 1.0 / c.clamp_min(1e-12 * float(c.max()))  # values that the prior fixes stay fixed
-        diagonal = inverse + self._gram_diagonal(curvature).to(r)
-
-        def precision(x: Tensor) -> Tensor:
-            return curvature.from_basis(inverse * curvature.to_basis(x)) + A.adjoint(A(x) / variance)
-
-        def precondition(x: Tensor) -> Tensor:
-            return curvature.from_basis(curvature.to_basis(x) / diagonal)
-
-        b = A.adjoint(r / variance)
-        return conjugate_gradient(
-            precision, b, precondition=precondition, rtol=0.0, atol=atol, max_iterations=max_iterations
-        )
-
-    def norm(self) -> float:
-        """Largest singular value of A; worked out once."""
-        if None not in self.tables:
-            self.tables[None] = torch.tensor(self.operator.norm(), dtype=torch.float64)
-        return float(self.tables[None])
-
-    def _gram_diagonal(self, curvature: Curvature, probes: int = 16) -> Tensor:
-        """Diagonal of A^T R^{-1} A in the curvature's basis, by random signs (Bekas et al. 2007); measured once."""
-        if curvature not in self.tables:
-            A, like = self.operator, self.measurement
-            generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(0, 2, (probes, *A.in_shape), generator=generator) * 2 - 1
-            v = signs.to(device=like.device, dtype=like.dtype)
-            w = A.adjoint(A(v) / (self.noise_std**2).to(like.dtype))
-            V, W = curvature.to_basis(v), curvature.to_basis(w)
-            power = (V.abs() ** 2).sum(0)
-            diagonal = (W * V.conj()).real.sum(0) / power.clamp_min(1e-6 * float(power.max()))
-            self.tables[curvature] = diagonal.clamp_min(0.0)
-        return self.tables[curvature]
-
-
-def linear_gaussian(likelihood: Likelihood, decoder: Operator | None) -> LinearGaussian | None:
-    """Return the linear-Gaussian problem in latent units, A after the decoder, or None where it is not one."""
-    if (
-        not isinstance(likelihood, Gaussian)
-        or not isinstance(likelihood.operator, LinearOperator)
-        or likelihood.measurement.is_complex()
-    ):
-        return None
-    A, y = likelihood.operator, likelihood.measurement
-    if isinstance(decoder, Affine):
-        if decoder.offset:
-            y = y - A(torch.full((1, *A.in_shape), decoder.offset, dtype=y.dtype, device=y.device))
-        decoder = None if decoder.scale == 1.0 else decoder.linear
-    if decoder is None:
-        return LinearGaussian(A, y, likelihood.noise_std)
-    if isinstance(decoder, LinearOperator):
-        return LinearGaussian(LinearComposition(A, decoder), y, likelihood.noise_std)
-    return None
 
 
 class Path(ABC):

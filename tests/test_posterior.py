@@ -10,11 +10,12 @@ from torch import Tensor
 from invdiff import likelihoods, operators, samplers
 from invdiff.errors import CapabilityError, CatalogueError, InputError, ShapeError
 from invdiff.event import Variable
+from invdiff.linear_gaussian import LinearGaussian
 from invdiff.networks import UNet
 from invdiff.noise import Noise
 from invdiff.operators.base import LinearOperator, Operator
 from invdiff.posterior import Posterior
-from invdiff.potential import LinearGaussian, Noised, Tempered
+from invdiff.potential import Noised, Tempered
 from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior, NetworkPrior
 from invdiff.problem import Problem
 from invdiff.solve import solve
@@ -224,6 +225,18 @@ def test_solve_inverts_the_dense_matrix():
     through_svd = posterior(problem(MASK), gaussian_prior()).linear
     r = normal(2, *MASK.out_shape)
     torch.testing.assert_close(through_svd.solve(r, 0.7), r / (0.4**2 + 0.7))
+
+
+@pytest.mark.parametrize("noise_std", [0.3, torch.linspace(0.2, 0.5, 6, dtype=F64)])
+def test_gain_is_the_gaussian_posterior_of_a_white_prior(noise_std):
+    p = posterior(problem(DENSE, noise_std=noise_std), gaussian_prior(operators.Scale(SHAPE, 2.0)))
+    a, r = matrix(p.linear), normal(3, 6, seed=1)
+    noise = torch.diag(torch.as_tensor(noise_std, dtype=F64).expand(6) ** 2)
+    expected = (0.7 * a.mT @ torch.linalg.solve(noise + 0.7 * a @ a.mT, r.mT)).mT
+    torch.testing.assert_close(p.linear.gain(r, 0.7).flatten(1), expected, rtol=1e-10, atol=1e-10)
+    masked = posterior(problem(MASK), gaussian_prior()).linear  # in closed form
+    r = normal(2, *MASK.out_shape)
+    torch.testing.assert_close(masked.gain(r, 0.7), MASK.adjoint(0.7 * r / (0.4**2 + 0.7)))
 
 
 def test_conjugate_gradients_stop_a_row_whose_matrix_is_not_positive():

@@ -22,94 +22,17 @@ with 5, variance 1.34 to 1.40 at 100 levels and still 1.21 to 1.28 at 400.
 Cost: ``ode_steps`` forward passes a level, none backward; ``Langevin.steps`` likelihood gradients a level.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import sqrt
 from typing import ClassVar, final
-
-from torch import Tensor
 
 from invdiff.draws import Draws
 from invdiff.driver import Cost, Info
-from invdiff.errors import CapabilityError, InputError
 from invdiff.integrators import Euler, karras_levels
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
-
-
-class Inner(ABC):
-    """How x_0 is drawn from N(x_0; x^, r^2) p(y | x_0); subclasses are final frozen dataclasses."""
-
-    requires: ClassVar[frozenset[str]]
-
-    @abstractmethod
-    def draw(self, posterior: Posterior, center: Tensor, r: float, noise: Noise) -> Tensor:
-        """One x_0 for each center of shape (ensemble, particle, *shape)."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Langevin(Inner):
-    """Unadjusted Langevin steps from the center.
-
-    Parameters
-    ----------
-    steps
-        Steps a level.
-    rate
-        Step size in units of the inverse of the largest curvature, in (0, 2). In that stiffest direction the steps'
-        stationary variance is 1 / (1 - rate / 2) of the true one; in softer directions the error is smaller.
-    slope
-        Bound on the norm of the operator's derivative dA/dz, latent units, for problems that are not linear.
-    """
-
-    steps: int = 50
-    rate: float = 0.3
-    slope: float | None = None
-    requires: ClassVar[frozenset[str]] = frozenset({"likelihood_gradient"})
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        if not 0.0 < self.rate < 2.0:
-            raise InputError(f"Langevin's rate lies in (0, 2), got {self.rate}.")
-
-    def draw(self, posterior: Posterior, center: Tensor, r: float, noise: Noise) -> Tensor:
-        """One x_0 for each center; see `Inner.draw`."""
-        slope, std = self.slope, posterior.noise_std
-        if slope is None:
-            if posterior.linear is None:
-                raise CapabilityError(
-                    "Langevin needs slope, a bound on the norm of dA/dz, for a problem that is not linear."
-                )
-            slope, std = posterior.linear.norm(), float(posterior.linear.noise_std.min())
-        step = self.rate / (1.0 / r**2 + (slope / (std or 1.0)) ** 2)
-        x = center
-        for _ in range(self.steps):
-            _, grad = posterior.log_likelihood_and_grad(x)
-            x = x + step * (grad - (x - center) / r**2) + sqrt(2.0 * step) * noise.like(x)
-        return x
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ExactInner(Inner):
-    """The exact Gaussian draw for linear-Gaussian problems, by perturbation and solution (Papandreou & Yuille 2010)."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"linear"})
-
-    def draw(self, posterior: Posterior, center: Tensor, r: float, noise: Noise) -> Tensor:
-        """One x_0 for each center; see `Inner.draw`."""
-        linear = posterior.linear
-        if linear is None:
-            raise CapabilityError("ExactInner needs a linear-Gaussian problem.")
-        perturbed = center + r * noise.like(center)
-        eps = noise.normal(noise.slots, linear.operator.out_shape).to(center.dtype)
-        x = perturbed.flatten(0, 1)
-        rows = linear.rows(posterior.rows(perturbed))
-        residual = rows.residual(x) - rows.noise_std.to(x.dtype) * eps
-        return (x + r**2 * rows.operator.adjoint(rows.solve(residual, r**2))).reshape(center.shape)
+from invdiff.samplers.inner import Inner, Langevin
 
 
 @final

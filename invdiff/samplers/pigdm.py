@@ -31,9 +31,9 @@ from invdiff.draws import Draws
 from invdiff.driver import Cost, Info
 from invdiff.errors import CapabilityError
 from invdiff.integrators import DPMSolver2M, Integrator
+from invdiff.linear_gaussian import LinearGaussian
 from invdiff.noise import Noise
 from invdiff.posterior import Block, Posterior
-from invdiff.potential import LinearGaussian
 from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
 
 
