@@ -13,6 +13,7 @@ from invdiff import likelihoods
 from invdiff.errors import InputError, ShapeError
 from invdiff.event import Event, image_event, plain_event
 from invdiff.likelihoods import Likelihood
+from invdiff.likelihoods.poisson import poisson_quantile
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator, fingerprint
 
@@ -81,25 +82,38 @@ class Problem:
         operator: Operator,
         truth: Tensor,
         *,
-        noise_std: float,
+        noise_std: float | Tensor | None = None,
+        gain: float | None = None,
+        background: float | None = None,
         seed: int = 0,
         name: str = "simulated",
         **settings: Any,
     ) -> "Problem":
-        r"""Degrade a truth: ``y = A(x) + noise_std * eps``; the truth is kept as the reference.
+        r"""Degrade a truth: ``y = A(x) + noise_std * eps`` or counts; the truth is kept as the reference.
 
         Parameters
         ----------
         operator
             Measurement operator A.
         truth
-            x, (\*in_shape) or (1, \*in_shape), physical units (pictures in [0, 1]), finite.
+            x, (\*in_shape) or (1, \*in_shape), physical units (pictures in [0, 1]), real and finite.
         noise_std
-            Positive, in the measurement's units.
+            Gaussian noise of this standard deviation: positive, in the measurement's units; a scalar or a tensor that
+            broadcasts to one measurement.
+        gain, background
+            Photon counts ``y ~ Poisson(gain * max(A(x), 0) + background)`` in place of Gaussian noise: counts for one
+            unit of A's output, and mean dark counts, `likelihoods.Poisson`'s default if None.
         seed
-            Seed of the measurement's noise.
+            Seed of the measurement's noise. Counts are drawn on the CPU, one from each of the stream's uniforms.
         name, settings
             Passed on to Problem.
+
+        Raises
+        ------
+        ShapeError
+            If the truth does not fit the operator.
+        InputError
+            If the truth is complex or not finite, or not just one of noise_std and gain is given, or out of its range.
         """
         if tuple(truth.shape) == (1, *operator.in_shape):
             truth = truth[0]
@@ -107,12 +121,21 @@ class Problem:
             raise ShapeError(
                 f"The truth has shape {tuple(truth.shape)}, {type(operator).__name__} takes {operator.in_shape}."
             )
+        if truth.is_complex():
+            raise InputError("The unknown is real, this truth complex; give real and imaginary parts as two channels.")
         if not bool(torch.isfinite(truth).all()):
             raise InputError("The truth holds values that are not finite.")
-        if not noise_std > 0:
+        if (noise_std is None) == (gain is None) or (gain is None and background is not None):
+            raise InputError("Give noise_std for Gaussian noise, or gain (and background) for photon counts.")
+        if noise_std is not None and not bool((torch.as_tensor(noise_std) > 0).all()):
             raise InputError(
                 f"noise_std must be positive, got {noise_std}. For noiseless data give a small value, e.g. 1e-3."
             )
+        if gain is not None:
+            counts = _photon_counts(operator, truth[None], gain, 1e-3 if background is None else background, seed)
+            return cls(counts, reference=truth, name=name, **settings)
+        assert noise_std is not None
+        std = noise_std.to(truth) if isinstance(noise_std, Tensor) else noise_std
         with torch.no_grad():
             clean = operator(truth[None])
         noise = Noise([stream_key(seed, "measurement")], 1, device=clean.device, dtype=torch.float64)
@@ -120,8 +143,20 @@ class Problem:
             eps = torch.view_as_complex(noise.normal(noise.slots, (*clean.shape[1:], 2)).contiguous()).to(clean.dtype)
         else:
             eps = noise.normal(noise.slots, clean.shape[1:]).to(clean.dtype)
-        likelihood = likelihoods.Gaussian(operator, clean + noise_std * eps, noise_std)
+        likelihood = likelihoods.Gaussian(operator, clean + std * eps, noise_std)
         return cls(likelihood, reference=truth, name=name, **settings)
+
+
+def _photon_counts(operator: Operator, x: Tensor, gain: float, background: float, seed: int) -> likelihoods.Poisson:
+    """Likelihood of counts drawn at x (1, *in_shape)."""
+    shape = (1, *operator.out_shape)
+    law = likelihoods.Poisson(operator, torch.zeros(shape, dtype=x.dtype, device=x.device), gain, background)
+    with torch.no_grad():
+        rate = law.rate(x)
+    # On the CPU in float64: a device's rounding could at most move a count whose uniform lies that close to a step.
+    noise = Noise([stream_key(seed, "measurement")], 1, dtype=torch.float64)
+    counts = poisson_quantile(noise.uniform(noise.slots, operator.out_shape), rate.cpu().double())
+    return likelihoods.Poisson(operator, counts.to(rate), gain, background)
 
 
 def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = None, **overrides: Any) -> Problem:
@@ -225,10 +260,13 @@ def problem_from_card(
 
         pixels = load_image(load_data_card(card.data.set), index, card.data.side, data=data)
     c, h, w = pixels.shape
+    noise = card.noise
     return Problem.simulate(
         operator_from_card(card.operator, (c, h, w), index),
         pixels,
-        noise_std=card.noise.std,
+        noise_std=noise.std if noise.type == "gaussian" else None,
+        gain=noise.gain if noise.type == "poisson" else None,
+        background=noise.background if noise.type == "poisson" else None,
         seed=stream_key(seed, card.name, index),
         name=card.name,
         card=card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},

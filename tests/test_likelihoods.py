@@ -30,6 +30,8 @@ class Dense(LinearOperator):
 
 
 class Fourier(LinearOperator):
+    complex_output = True
+
     def __init__(self, n: int) -> None:
         super().__init__((n,), (n,))
 

@@ -3,26 +3,44 @@
 from invdiff.operators import adapters
 from invdiff.operators.base import SVD, LinearOperator, Operator
 from invdiff.operators.blur import Blur
+from invdiff.operators.coil_maps import birdcage_maps
 from invdiff.operators.composition import Affine, Scale
+from invdiff.operators.compressed_sensing import CompressedSensing
 from invdiff.operators.downsampling import Downsampling
+from invdiff.operators.high_dynamic_range import HighDynamicRange
 from invdiff.operators.inpainting import Inpainting, box_mask, random_mask
 from invdiff.operators.kernels import bicubic_kernel, gaussian_kernel, motion_kernel
+from invdiff.operators.mri import MRI, cartesian_mask
+from invdiff.operators.nonlinear_blur import NonlinearBlur
+from invdiff.operators.phase_retrieval import PhaseRetrieval
 from invdiff.operators.separable import Separable
+from invdiff.operators.stacking import Stack, stack
+from invdiff.operators.tomography import Tomography
 
 __all__ = [
+    "MRI",
     "SVD",
     "Affine",
     "Blur",
+    "CompressedSensing",
     "Downsampling",
+    "HighDynamicRange",
     "Inpainting",
     "LinearOperator",
+    "NonlinearBlur",
     "Operator",
+    "PhaseRetrieval",
     "Scale",
     "Separable",
+    "Stack",
+    "Tomography",
     "adapters",
     "bicubic_kernel",
+    "birdcage_maps",
     "box_mask",
+    "cartesian_mask",
     "gaussian_kernel",
     "motion_kernel",
     "random_mask",
+    "stack",
 ]

@@ -63,13 +63,21 @@ class SVD:
 
 
 class Operator(nn.Module, ABC):
-    """A measurement operator from inputs (n, *in_shape) to outputs (n, *out_shape).
+    """A measurement operator from real inputs (n, *in_shape) to outputs (n, *out_shape).
 
     Parameters
     ----------
     in_shape, out_shape
         Shapes of one input and one output, without the leading axis of draws.
+
+    Attributes
+    ----------
+    complex_output
+        Whether the outputs for real inputs are complex; False unless an operator says so. A likelihood refuses a
+        measurement of the other kind.
     """
+
+    complex_output: bool = False
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -142,13 +150,16 @@ class LinearOperator(Operator):
         """
         from invdiff.operators.solvers import conjugate_gradient
 
-        w = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
-        w = w.reshape(-1, *[1] * len(self.in_shape)) if w.ndim else w
+        def along(ndim: int) -> float | Tensor:
+            # A number stays one: as a tensor it would have to be copied to the device, which waits for all work there.
+            if not isinstance(weight, Tensor):
+                return float(weight)
+            return weight.to(x).reshape(-1, *[1] * ndim) if weight.ndim else weight.to(x)
+
+        w, svd = along(len(self.in_shape)), self.svd
         b = x + w * self.adjoint(y)
-        if self.svd is not None:
-            return self.svd.gram(
-                lambda s2: 1.0 / (1.0 + w.reshape(w.shape[:1] + (1,) * s2.ndim if w.ndim else ()) * s2), b
-            )
+        if svd is not None:
+            return svd.gram(lambda s2: 1.0 / (1.0 + along(s2.ndim) * s2), b)
         return conjugate_gradient(lambda z: z + w * self.adjoint(self.forward(z)), b, start=x)
 
 

@@ -72,6 +72,7 @@ class Composition(Operator):
     def __init__(self, outer: Operator, inner: Operator) -> None:
         super().__init__(inner.in_shape, outer.out_shape)
         self.outer, self.inner = outer, inner
+        _mark_complex(self, outer, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both."""
@@ -84,6 +85,7 @@ class LinearComposition(LinearOperator):
     def __init__(self, outer: LinearOperator, inner: LinearOperator) -> None:
         super().__init__(inner.in_shape, outer.out_shape)
         self.outer, self.inner = outer, inner
+        _mark_complex(self, outer, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both."""
@@ -107,6 +109,12 @@ class LinearComposition(LinearOperator):
             if isinstance(scale, Scale):
                 return abs(scale.factor) * rest.norm()
         return super().norm()
+
+
+def _mark_complex(composed: Operator, outer: Operator, inner: Operator) -> None:
+    """Set complex_output where it is True: linear and affine maps keep complex numbers, any other says so itself."""
+    if outer.complex_output or (inner.complex_output and isinstance(outer, (LinearOperator, Affine))):
+        composed.complex_output = True
 
 
 def compose(outer: Operator, inner: Operator) -> Operator:

@@ -1,6 +1,7 @@
 """Direct and Fourier convolutions with exact transposes, and the cost model that chooses between the three ways."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import log2
 from typing import Literal
 
@@ -39,18 +40,19 @@ COSTS = {"cuda": Cost(0.014, 0.000315, 0.000062, 0.0014, 0.0020), "cpu": Cost(1.
 
 def fft_lengths(rows: Axis, columns: Axis) -> tuple[int, int]:
     """Transform lengths that leave the outputs free of wrap-around: exact for "circular", 5-smooth otherwise."""
-
-    def length(axis: Axis) -> int:
-        if axis.boundary == "circular":
-            return axis.size
-        # Wrapped samples may fall on outputs that are cropped anyway: "valid" needs no more than the input's own
-        # length.
-        outside = {"reflect": axis.taps - 1, "zero": max(axis.origin, axis.taps - 1 - axis.origin), "valid": 0}
-        return good_length(axis.size + outside[axis.boundary])
-
-    return length(rows), length(columns)
+    return _length(rows), _length(columns)
 
 
+@lru_cache(maxsize=256)
+def _length(axis: Axis) -> int:
+    if axis.boundary == "circular":
+        return axis.size
+    # Wrapped samples may fall on outputs that are cropped anyway: "valid" needs no more than the input's own length.
+    outside = {"reflect": axis.taps - 1, "zero": max(axis.origin, axis.taps - 1 - axis.origin), "valid": 0}
+    return good_length(axis.size + outside[axis.boundary])
+
+
+@lru_cache(maxsize=256)
 def choose(rows: Axis, columns: Axis, rank_one: bool, device: str) -> Method:
     """Cheapest method for one operator on one kind of device ("cuda" or any other, which counts as a CPU)."""
     cost = COSTS["cuda" if device == "cuda" else "cpu"]

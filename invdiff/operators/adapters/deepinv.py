@@ -77,7 +77,8 @@ def from_deepinv(physics: Any, shape: tuple[int, ...]) -> Operator:
         A `deepinv.physics.Physics`; a `LinearPhysics` gives a LinearOperator, whose adjoint is ``physics.A_adjoint``.
         It keeps its own dtype and device: move the operator, and the physics moves with it.
     shape
-        Shape of one input, without the batch. The output's shape is found by one call on zeros.
+        Shape of one input, without the batch. The output's shape, and whether it is complex, is found by one
+        call on zeros.
 
     Raises
     ------
@@ -102,7 +103,10 @@ def from_deepinv(physics: Any, shape: tuple[int, ...]) -> Operator:
             "make an operator of each part and use a Product of likelihoods."
         )
     kind = DeepinvLinear if isinstance(physics, deepinv.physics.LinearPhysics) else DeepinvOperator
-    return kind(physics, tuple(shape), tuple(y.shape[1:]))
+    operator = kind(physics, tuple(shape), tuple(y.shape[1:]))
+    if y.is_complex():
+        operator.complex_output = True
+    return operator
 
 
 class DeepinvOperator(Operator):
