@@ -1,5 +1,6 @@
 """Priors: what is plausible. Analytic ones with exact posteriors, and trained ones."""
 
+from invdiff.priors import adapters
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior
 from invdiff.priors.diffusion import NetworkPrior
 from invdiff.priors.field import FieldPrior
@@ -7,6 +8,7 @@ from invdiff.priors.frequency_table import FrequencyTable
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.priors.loading import load_prior
 from invdiff.priors.mixture import MixturePrior
+from invdiff.priors.tiled import TiledPrior
 
 __all__ = [
     "Curvature",
@@ -17,5 +19,7 @@ __all__ = [
     "MaskedPrior",
     "MixturePrior",
     "NetworkPrior",
+    "TiledPrior",
+    "adapters",
     "load_prior",
 ]

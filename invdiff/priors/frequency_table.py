@@ -77,6 +77,7 @@ class FrequencyTable(Curvature):
         self._colours = opponent_colours()
         self._knots = torch.tensor(KNOTS, dtype=torch.float64)
         self._last: tuple[float, Tensor] | None = None
+        self._mixing: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._weights = hat_weights(radial_frequency(*self.shape[1:]), self._knots)
 
     def at(self, shape: tuple[int, ...]) -> "FrequencyTable":
@@ -85,14 +86,19 @@ class FrequencyTable(Curvature):
 
     def to_basis(self, z: Tensor) -> Tensor:
         """(n, 3, h, w) -> complex coefficients (n, 3, h, w // 2 + 1), colours grey, red-blue, magenta-green."""
-        mixed = torch.einsum("dc,nchw->ndhw", self._colours.to(z), z)
-        coefficients: Tensor = torch.fft.rfft2(mixed, norm="ortho")
+        coefficients: Tensor = torch.fft.rfft2(self._mix(z, transpose=False), norm="ortho")
         return coefficients
 
     def from_basis(self, c: Tensor) -> Tensor:
         """Inverse of `to_basis`."""
-        mixed = torch.fft.irfft2(c, s=self.shape[1:], norm="ortho")
-        return torch.einsum("dc,ndhw->nchw", self._colours.to(mixed), mixed)
+        return self._mix(torch.fft.irfft2(c, s=self.shape[1:], norm="ortho"), transpose=True)
+
+    def _mix(self, z: Tensor, *, transpose: bool) -> Tensor:
+        where = (z.device, z.dtype)
+        if where not in self._mixing:  # copied once: a copy to the device waits for all work there
+            self._mixing[where] = self._colours.to(z)
+        colours = self._mixing[where].mT if transpose else self._mixing[where]
+        return (colours @ z.flatten(2)).reshape(z.shape)
 
     def variance(self, sigma: float) -> Tensor:
         """Error variance of each coefficient at one noise level, in (0, sigma^2], shape (3, h, w // 2 + 1), float32."""
