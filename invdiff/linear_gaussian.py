@@ -143,7 +143,7 @@ class LinearGaussian:
         atol = (1e-11 if r.dtype == torch.float64 else 1e-3) if atol is None else atol
         A, variance = self.operator, (self.noise_std**2).to(r.dtype)
         c = curvature.variance(sigma).to(r)
-        inverse = 1.0 / c.clamp_min(1e-12 * float(c.max()))  # values that the prior fixes stay fixed
+        inverse = 1.0 / c.clamp_min(1e-12 * c.max())  # values that the prior fixes stay fixed
         diagonal = inverse + self._gram_diagonal(curvature).to(r)
 
         def precision(x: Tensor) -> Tensor:

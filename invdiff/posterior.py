@@ -5,6 +5,7 @@ problems, the first 1/p of the particles belong to the first problem. The poster
 and counts evaluations.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -82,7 +83,7 @@ class Posterior:
     prior
         A DiffusionPrior or MaskedPrior.
     device
-        Where to run; the prior's own device if None. The prior and the likelihood are moved there.
+        Where to run; the prior's own device if None. The prior is moved there; of the likelihood a copy is.
     dtype
         Of the states; float32, or float64 for checks against closed forms.
     micro_batch
@@ -124,6 +125,8 @@ class Posterior:
         self.prior = prior
         if isinstance(prior, nn.Module):
             prior.to(self.device)
+            if self.device.type == "cuda" and PRECISIONS[precision] is not None:
+                prior.to(memory_format=torch.channels_last)  # what the tensor cores' convolutions take as it is
         self.shape = tuple(prior.shape)
         self._curvature: Curvature | None = getattr(prior, "curvature", None)
         decoder = getattr(prior, "decoder", None)
@@ -134,12 +137,16 @@ class Posterior:
         for p in problems:
             check_agreement(p.event, self.event)
         likelihood = problems[0].likelihood if len(problems) == 1 else _stack([p.likelihood for p in problems])
-        self._likelihood: Likelihood = likelihood.to(self.device)
+        self._likelihood = _on(likelihood, self.device)
         self._keys = [p.key for p in problems]
         self._about = [(p.name, dict(p.card)) for p in problems]
         self.evaluations = Evaluations()
         self._denoise = prior.denoise if isinstance(prior, DiffusionPrior) else None
         if compile and self._denoise is not None:
+            # A graph that serves several vector-Jacobian products must not give its buffers away at the first.
+            from torch._functorch import config
+
+            config.donated_buffer = False
             self._denoise = torch.compile(self._denoise)
         self._linear = linear_gaussian(self._likelihood, self._decoder)
         self._mean: Tensor | None = None
@@ -515,6 +522,13 @@ def _device_of(prior: object) -> torch.device:
         for tensor in (*prior.parameters(), *prior.buffers()):
             return tensor.device
     return torch.device("cpu")
+
+
+def _on(likelihood: Likelihood, device: torch.device) -> Likelihood:
+    """Give the likelihood on a device: a copy if it is on another, so that the problem's operator stays where it is."""
+    there = torch.empty(0, device=device).device  # "cuda" with its index
+    tensors = [*likelihood.parameters(), *likelihood.buffers()]
+    return likelihood if all(t.device == there for t in tensors) else copy.deepcopy(likelihood).to(there)
 
 
 def _stack(parts: Sequence[Likelihood]) -> Likelihood:

@@ -14,7 +14,7 @@ from invdiff.linear_gaussian import LinearGaussian
 from invdiff.networks import UNet
 from invdiff.noise import Noise
 from invdiff.operators.base import LinearOperator, Operator
-from invdiff.posterior import Posterior
+from invdiff.posterior import Posterior, _on
 from invdiff.potential import Noised, Tempered
 from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior, NetworkPrior
 from invdiff.problem import Problem
@@ -190,6 +190,14 @@ def test_blocks_hold_their_own_rows():
     expected = p.deviance(p.denoise(z, 0.5)).flatten()
     for column in zip(*found, strict=True):
         torch.testing.assert_close(torch.cat(column), expected)
+
+
+def test_a_problem_stays_where_it_is_when_it_is_solved_elsewhere():
+    likelihood = problem().likelihood
+    there = _on(likelihood, torch.device("meta"))
+    assert {t.device.type for t in there.buffers()} == {"meta"}
+    assert {t.device.type for t in likelihood.buffers()} == {"cpu"}
+    assert _on(likelihood, torch.device("cpu")) is likelihood
 
 
 # The linear problem in latent units.
@@ -435,6 +443,12 @@ RUNS = {
     "dps": (samplers.DPS(steps=6, scale=0.01), mixture_prior),
     "daps": (samplers.DAPS(steps=5, inner=samplers.Langevin(steps=5)), mixture_prior),
     "daps-exact": (samplers.DAPS(steps=5, inner=samplers.ExactInner()), mixture_prior),
+    "split-gibbs": (samplers.SplitGibbs(steps=5, prior_steps=2), mixture_prior),
+    "ula": (samplers.ULA(steps=6), mixture_prior),
+    "ddrm": (samplers.DDRM(steps=6), mixture_prior),
+    "ddnm": (samplers.DDNM(steps=6), mixture_prior),
+    "diffpir": (samplers.DiffPIR(steps=6), mixture_prior),
+    "red-diff": (samplers.REDDiff(steps=6), mixture_prior),
     "importance": (samplers.ImportanceSampling(steps=6), mixture_prior),
 }
 
@@ -447,7 +461,8 @@ def test_every_sampler_has_a_run_here():
 
 @pytest.mark.parametrize(("sampler", "prior"), RUNS.values(), ids=RUNS.keys())
 def test_company_and_micro_batches_do_not_change_draws(sampler, prior):
-    problems = [problem(DENSE, seed) for seed in (1, 2, 3)]
+    operator = MASK if "svd" in sampler.requires() else DENSE
+    problems = [problem(operator, seed) for seed in (1, 2, 3)]
     together = posterior(problems, prior()).sample(sampler, 3, seed=4, chains=2)
     backwards = posterior(problems[::-1], prior(), micro_batch=4).sample(sampler, 3, seed=4, chains=2)[::-1]
     for one, a, b in zip(problems, together, backwards, strict=True):

@@ -3,14 +3,24 @@
 from invdiff.driver import Sampler
 from invdiff.samplers.annealing import Levels
 from invdiff.samplers.daps import DAPS
+from invdiff.samplers.ddnm import DDNM
+from invdiff.samplers.ddrm import DDRM
+from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
+from invdiff.samplers.red_diff import REDDiff
+from invdiff.samplers.split_gibbs import SplitGibbs
+from invdiff.samplers.ula import ULA
 
 __all__ = [
     "DAPS",
+    "DDNM",
+    "DDRM",
     "DPS",
+    "ULA",
+    "DiffPIR",
     "ExactInner",
     "ImportanceSampling",
     "Isotropic",
@@ -18,6 +28,8 @@ __all__ = [
     "Langevin",
     "Levels",
     "PiGDM",
+    "REDDiff",
     "Sampler",
     "Spectral",
+    "SplitGibbs",
 ]

@@ -28,7 +28,8 @@ class Levels:
     sigma_min, sigma_max
         First and last level, latent units; the prior's own if None.
     rho
-        Exponent; larger puts more of the steps at low noise.
+        Exponent: sigma^(1 / rho) falls in even steps. Larger puts more of the steps at low noise, and a negative one
+        still more: without bound it nears a geometric ladder from either side.
     """
 
     sigma_min: float | None = None

@@ -1,4 +1,4 @@
-"""Draws of the data step that alternating samplers share: x_0 from N(x_0; x^, r^2) p(y | x_0)."""
+"""What alternating samplers share: the likelihood's stiffness, and draws of x_0 from N(x_0; x^, r^2) p(y | x_0)."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,6 +11,45 @@ from invdiff.errors import CapabilityError, InputError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.samplers.annealing import check_steps
+
+
+def stiffness(posterior: Posterior, slope: float | None) -> float:
+    """Square root of a bound on the likelihood's curvature: ||A|| / noise_std.
+
+    Parameters
+    ----------
+    posterior
+        The posterior.
+    slope
+        Bound on the norm of dA/dz in place of ||A||, latent units; needed where the problem is not linear. Where the
+        noise is not Gaussian it is that square root itself.
+
+    Raises
+    ------
+    CapabilityError
+        If the problem is not linear and no slope is given.
+    """
+    if slope is not None:
+        return slope / (posterior.noise_std or 1.0)
+    if posterior.linear is None:
+        raise CapabilityError("A problem that is not linear needs slope, a bound on the norm of dA/dz.")
+    return posterior.linear.norm() / float(posterior.linear.noise_std.min())
+
+
+def smoothing(posterior: Posterior, slope: float | None, share: float) -> float:
+    """Return a level that is small against what the measurement resolves: ``share`` of noise_std / ||A||, latent units.
+
+    It is kept within the prior's sigma_min and a thousandth of its sigma_max, for measurements that say little.
+    """
+    low, high = posterior.sigma_min, 1e-3 * posterior.sigma_max
+    s = stiffness(posterior, slope)
+    return max(low, min(high, share / s)) if s > 0.0 else max(low, high)
+
+
+def check_slope(slope: float | None) -> None:
+    """Raise InputError unless a slope is positive or None."""
+    if slope is not None and not slope > 0.0:
+        raise InputError(f"slope is a positive bound on the norm of dA/dz, got {slope}.")
 
 
 class Inner(ABC):
@@ -51,14 +90,7 @@ class Langevin(Inner):
 
     def draw(self, posterior: Posterior, center: Tensor, r: float, noise: Noise) -> Tensor:
         """One x_0 for each center; see `Inner.draw`."""
-        slope, std = self.slope, posterior.noise_std
-        if slope is None:
-            if posterior.linear is None:
-                raise CapabilityError(
-                    "Langevin needs slope, a bound on the norm of dA/dz, for a problem that is not linear."
-                )
-            slope, std = posterior.linear.norm(), float(posterior.linear.noise_std.min())
-        step = self.rate / (1.0 / r**2 + (slope / (std or 1.0)) ** 2)
+        step = self.rate / (1.0 / r**2 + stiffness(posterior, self.slope) ** 2)
         x = center
         for _ in range(self.steps):
             _, grad = posterior.log_likelihood_and_grad(x)
