@@ -8,8 +8,10 @@ import torch
 
 from invdiff.bench import exactness as bench
 from invdiff.bench import exactness_deepinv
+from invdiff.bench.deepinv_samplers import Passes, draw, physics_of
 from invdiff.diagnostics.exactness import (
     check_sampler,
+    exact_problem,
     field_problems,
     measure,
     measure_solution,
@@ -19,7 +21,9 @@ from invdiff.draws import Draws
 from invdiff.driver import Cost, Info, Sampler, State
 from invdiff.errors import CapabilityError
 from invdiff.event import Variable
+from invdiff.likelihoods import Gaussian
 from invdiff.noise import Noise
+from invdiff.operators import Blur, motion_kernel
 from invdiff.samplers import DAPS, DPS, ExactInner, ImportanceSampling, Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.annealing import Levels
 from invdiff.solve import solve
@@ -213,7 +217,7 @@ def test_several_variables_are_refused():
 
 
 def test_the_denoiser_given_to_deepinv_is_the_exact_one_with_its_gradient():
-    case, passes = FIELDS[0], {"forward": 0, "backward": 0}
+    case, passes = FIELDS[0], Passes()
     denoiser = exactness_deepinv.exact_denoiser(case, passes)
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, *case.prior.shape, generator=generator, dtype=torch.float64)
@@ -223,12 +227,12 @@ def test_the_denoiser_given_to_deepinv_is_the_exact_one_with_its_gradient():
     torch.testing.assert_close(wrapped, direct)
     torch.testing.assert_close(pull_wrapped(v)[0], pull(v)[0])
     torch.testing.assert_close(denoiser(x, 0.3), case.prior.denoise(x, 0.3))
-    assert passes == {"forward": 6, "backward": 3}
+    assert passes == Passes(forward=6, backward=3)
 
 
 @pytest.mark.parametrize("case", FIELDS, ids=[case.name for case in FIELDS])
 def test_the_physics_given_to_deepinv_is_the_problem(case):
-    physics, y = exactness_deepinv.physics_of(case)
+    physics, y = physics_of(case.problem.likelihood)
     z = case.prior.sample(2, seed=3).float()
     direct = case.problem.likelihood.log_prob(z.double())
     residual = (physics.A(z) - y).double().flatten(1).square().sum(1)
@@ -246,8 +250,18 @@ def test_deepinv_runs_repeat_and_leave_the_global_generator_alone():
     assert torch.equal(a.draws, b.draws)
     assert not torch.equal(a.draws, c.draws)
     assert a.evaluations == 100
-    with pytest.raises(CapabilityError, match="DDRM needs"):
-        exactness_deepinv.run("DDRM", {}, FIELDS[1], 5, 0)
+    shaken = Blur(motion_kernel(5, 0.5, seed=0), FIELDS[0].prior.shape)  # neither circular nor of rank one
+    with pytest.raises(CapabilityError, match="DDRM needs an SVD"):
+        exactness_deepinv.run("DDRM", {}, exact_problem("shaken", FIELDS[0].prior, shaken, 0.05), 5, 0)
+
+
+def test_deepinv_draws_for_several_measurements_stand_measurement_by_measurement():
+    case = FIELDS[0]
+    two = torch.cat([case.problem.likelihood.measurement, 1.0 - case.problem.likelihood.measurement])
+    likelihood, shape = Gaussian(case.problem.likelihood.operator, two, 0.05), case.prior.shape
+    run = draw("DDRM", {}, likelihood, lambda passes: exactness_deepinv.exact_denoiser(case, passes), shape, 4, 0)
+    residual = (case.problem.likelihood.operator(run.draws.double()) - two.repeat_interleave(4, 0)).square().mean(1)
+    assert float(residual.max()) < (4 * 0.05) ** 2
 
 
 def test_the_table_marks_what_exact_draws_would_not_give():

@@ -19,6 +19,7 @@ import torch
 
 import invdiff
 from invdiff.bench import exactness_deepinv
+from invdiff.bench.deepinv_samplers import why_not
 from invdiff.diagnostics.exactness import (
     ALLOWANCE,
     Exactness,
@@ -28,7 +29,23 @@ from invdiff.diagnostics.exactness import (
     measure_solution,
     plane_problem,
 )
-from invdiff.samplers import DAPS, DPS, ExactInner, ImportanceSampling, Isotropic, Jacobian, PiGDM, Sampler, Spectral
+from invdiff.samplers import (
+    DAPS,
+    DDNM,
+    DDRM,
+    DPS,
+    ULA,
+    DiffPIR,
+    ExactInner,
+    ImportanceSampling,
+    Isotropic,
+    Jacobian,
+    PiGDM,
+    REDDiff,
+    Sampler,
+    Spectral,
+    SplitGibbs,
+)
 from invdiff.solve import solve
 
 DRAWS, SEED = 400, 0
@@ -48,6 +65,16 @@ def ours(*, quick: bool) -> list[tuple[str, Sampler, tuple[int, ...]]]:
         ("DAPS, Langevin", DAPS(), (5,) if quick else (25, 100)),
         ("DAPS, ExactInner", DAPS(inner=ExactInner()), few[:1] if quick else (25, 100, 400)),
         ("DAPS, ExactInner, ode_steps 5", DAPS(inner=ExactInner(), ode_steps=5), few[:1] if quick else (100, 400)),
+        ("SplitGibbs", SplitGibbs(), few if quick else (10, 30, 100, 400)),
+        ("SplitGibbs, prior_steps 4", SplitGibbs(prior_steps=4), few[:1] if quick else (25, 100)),
+        ("DDRM", DDRM(), few[:1] if quick else (20, 100)),
+        ("DDRM, eta 1", DDRM(eta=1.0), few[:1] if quick else (100,)),
+        ("DDNM", DDNM(), few[:1] if quick else (20, 100)),
+        ("DDNM, eta 1", DDNM(eta=1.0), few[:1] if quick else (100,)),
+        ("DiffPIR", DiffPIR(), few[:1] if quick else (20, 100)),
+        ("DiffPIR, zeta 1", DiffPIR(zeta=1.0), few[:1] if quick else (100,)),
+        ("RED-diff", REDDiff(), few[:1] if quick else (100, 400)),
+        ("ULA", ULA(), (100,) if quick else (100, 1000, 4000)),
     ]
     return rows
 
@@ -119,7 +146,8 @@ def collect(*, quick: bool) -> dict[str, Any]:
             for steps in counts:
                 add(run_ours(case, label, sampler, steps, draws=draws))
         for label, name, settings, steps in peers(quick=quick) if find_spec("deepinv") else []:
-            if reason := exactness_deepinv.why_not(name, case):
+            operator: Any = case.problem.likelihood.operator
+            if reason := why_not(name, operator):
                 left_out.append({"problem": case.name, "sampler": label, "reason": reason})
                 continue
             run = exactness_deepinv.run(name, settings, case, draws, SEED)

@@ -1,0 +1,308 @@
+"""Samplers on photographs with a shipped prior, ours and deepinv's, tuned alike: one JSON file and its tables.
+
+    python -m invdiff.bench.imaging tune --data FOLDER --out docs/imaging_settings.json
+    python -m invdiff.bench.imaging test --data FOLDER --settings docs/imaging_settings.json --out docs/imaging_64.json
+    python -m invdiff.bench.imaging test ... --side 256 --pictures 8 --out docs/imaging_256.json
+    python -m invdiff.bench.imaging table --out docs/imaging_64.json --table docs/imaging_64_table.md
+
+``tune`` gives every contender the same number of trials (its defaults, then seeded draws from its ranges) on the same
+validation pictures and a kernel or mask that no test has, and keeps the settings with the best CRPS. ``test`` runs them
+once on the test split. All have the same prior, precision, measurements, number of draws and bound on network
+evaluations. Several processes with one ``--claim`` folder divide the work among them, and ``merge`` joins their files;
+their seconds are then no measure of speed.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import invdiff
+from invdiff import metrics
+from invdiff.bench.contenders import CONTENDERS, EVALUATIONS, Contender, Result, run, trial
+from invdiff.bench.tasks import NOISE_STD, TASKS, VALIDATION_SEED, Group, group, pictures, tests
+from invdiff.errors import InvdiffError
+from invdiff.priors.base import DiffusionPrior
+from invdiff.priors.loading import load_prior
+
+DRAWS, TUNING_DRAWS, TRIALS = 16, 4, 16
+"""Draws a picture, the same for tuning, and trials a contender."""
+TOGETHER = {64: 13, 256: 1}
+"""Pictures in one run, by their side: a graph of all their draws must fit into memory."""
+FIGURES = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage", "spread_skill", "chi_square")
+
+
+def scores(result: Result, batch: Group) -> list[dict[str, float]]:
+    """Scores of each picture; coverage is that of the draws' range, (n - 1) / (n + 1) for exact draws."""
+    rows = []
+    for problem, draws, truth in zip(batch.problems, result.draws.float().cpu(), batch.truths, strict=True):
+        likelihood: Any = problem.likelihood
+        found = metrics.score(draws, truth)
+        n = len(draws)
+        found["coverage"] = metrics.coverage(draws, truth, (n - 1) / (n + 1))
+        found["chi_square"] = float(likelihood.to("cpu").deviance(draws.float()).mean()) / likelihood.measurements
+        rows.append({key: found[key] for key in FIGURES})
+    return rows
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error over pictures."""
+    t = torch.tensor(values, dtype=torch.float64)
+    return float(t.mean()), float(t.std() / sqrt(len(t))) if len(t) > 1 else float("nan")
+
+
+def about(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any]:
+    """Return the versions, the device and what all contenders share."""
+    device = torch.device(options.device)
+    return {
+        "prior": getattr(prior, "name", ""),
+        "prior_key": getattr(prior, "key", ""),
+        "noise_std": NOISE_STD,
+        "draws": options.draws,
+        "evaluations": EVALUATIONS,
+        "precision": options.precision,
+        "compiled": options.compile,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "versions": {
+            "invdiff": invdiff.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepinv": version("deepinv"),
+        },
+    }
+
+
+def attempt(
+    contender: Contender, settings: Mapping[str, Any], batch: Group, prior: DiffusionPrior, options: argparse.Namespace
+) -> tuple[Result, list[dict[str, float]]] | str:
+    """Run and score, or say why it cannot be done."""
+    try:
+        result = run(
+            contender,
+            settings,
+            batch,
+            prior,
+            draws=options.draws,
+            device=options.device,
+            precision=options.precision,
+            compiled=options.compile,
+        )
+    except InvdiffError as error:
+        return f"{type(error).__name__}: {error}"
+    if not bool(torch.isfinite(result.draws).all()):
+        return "its draws are not finite"
+    return result, scores(result, batch)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[tuple[str, Contender]]:
+    """Pairs of task and contender to work on, the long ones first; with ``--claim`` those that no one else took."""
+    for contender in sorted(CONTENDERS, key=lambda c: not c.gradient):
+        for task in TASKS:
+            wanted = not options.only or contender.name in options.only
+            if not wanted or (options.tasks and task not in options.tasks):
+                continue
+            if options.claim is not None:
+                try:
+                    (options.claim / f"{task} {contender.name}").touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+            yield task, contender
+
+
+def tune(options: argparse.Namespace, prior: DiffusionPrior, note: Callable[[dict[str, Any]], None]) -> None:
+    """Try settings on validation pictures; one row for a task and a contender."""
+    truths = pictures(options.data, 64, "validation", options.pictures)
+    batches = {task: group(task, truths, list(range(len(truths))), VALIDATION_SEED) for task in TASKS}
+    for task, contender in jobs(options):
+        trials: list[dict[str, Any]] = []
+        for k in range(options.trials):
+            settings, began = trial(contender, k), time.perf_counter()
+            if any(t["settings"] == settings for t in trials):
+                continue  # a sampler without settings has one trial
+            found = attempt(contender, settings, batches[task], prior, options)
+            row: dict[str, Any] = {"settings": settings}
+            if isinstance(found, str):
+                row["failed"] = found
+            else:
+                crps, _ = mean_and_error([s["crps"] for s in found[1]])
+                psnr, _ = mean_and_error([s["psnr_mean"] for s in found[1]])
+                row |= {"crps": round(crps, 6), "psnr_mean": round(psnr, 3)}
+            trials.append(row | {"seconds": round(time.perf_counter() - began, 2)})
+            if "failed" in row and k == 0 and "CapabilityError" in row["failed"]:
+                break  # no setting makes it able
+        done = [t for t in trials if "crps" in t]
+        best = min(done, key=lambda t: t["crps"]) if done else None
+        note({"task": task, "contender": contender.name, "best": best and best["settings"], "trials": trials})
+
+
+def test(options: argparse.Namespace, prior: DiffusionPrior, note: Callable[[dict[str, Any]], None]) -> None:
+    """Run tuned settings on the test pictures; one row for a task and a contender."""
+    truths = pictures(options.data, options.side, "test", options.pictures)
+    tuned = {(r["task"], r["contender"]): r for r in json.loads(options.settings.read_text())["rows"]}
+    together = TOGETHER[options.side]
+    batches = {
+        task: [
+            group(task, truths, list(g.indices[i : i + together]), g.seed)
+            for g in tests(task, truths)
+            for i in range(0, len(g.indices), together)
+        ]
+        for task in TASKS
+    }
+    for task, contender in jobs(options):
+        row: dict[str, Any] = {"task": task, "contender": contender.name, "library": contender.library}
+        settings = tuned[task, contender.name]["best"]
+        if settings is None:
+            note(row | {"failed": tuned[task, contender.name]["trials"][0]["failed"]})
+            continue
+        rows: dict[int, dict[str, float]] = {}
+        cost: list[Result] = []
+        failed = ""
+        for batch in batches[task]:
+            found = attempt(contender, settings, batch, prior, options)
+            if isinstance(found, str):
+                failed = found
+                break
+            cost.append(found[0])
+            rows |= dict(zip(batch.indices, found[1], strict=True))
+        if failed:
+            note(row | {"settings": settings, "failed": failed})
+            continue
+        figures = {key: mean_and_error([rows[i][key] for i in sorted(rows)]) for key in FIGURES}
+        note(
+            row
+            | {"settings": settings, "pictures": len(rows)}
+            | {key: [round(v, 5) for v in pair] for key, pair in figures.items()}
+            | {
+                "evaluations": cost[0].evaluations,
+                "backward": cost[0].backward,
+                "seconds_per_picture": round(sum(c.seconds for c in cost) / len(rows), 4),
+                "each_crps": [round(rows[i]["crps"], 5) for i in sorted(rows)],
+                "each_psnr_mean": [round(rows[i]["psnr_mean"], 3) for i in sorted(rows)],
+            }
+        )
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report, its rows one a line."""
+    head = json.dumps({k: v for k, v in report.items() if k != "rows"}, indent=1)
+    rows = ",\n  ".join(json.dumps(r) for r in report["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def merge(out: Path, parts: Sequence[Path]) -> None:
+    """Join the files of several parts, in the order of tasks and contenders."""
+    reports = [json.loads(p.read_text()) for p in parts]
+    names = [c.name for c in CONTENDERS]
+    rows = sorted(
+        (r for report in reports for r in report["rows"]),
+        key=lambda r: (list(TASKS).index(r["task"]), names.index(r["contender"])),
+    )
+    write(out, reports[0] | {"processes": len(parts), "rows": rows})
+
+
+_COLUMNS = (
+    ("psnr_mean", "PSNR of the mean, dB", 2),
+    ("psnr_draw", "PSNR of a draw, dB", 2),
+    ("ssim_mean", "SSIM of the mean", 3),
+    ("crps", "CRPS x 1000", 2),
+    ("coverage", "coverage", 3),
+    ("spread_skill", "spread / skill", 2),
+    ("chi_square", "chi-square", 2),
+)
+
+
+def _cell(row: Mapping[str, Any], key: str, digits: int, best: float | None) -> str:
+    value, error = (1000 * v for v in row[key]) if key == "crps" else row[key]
+    text = f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if best is not None and value == best else text
+
+
+def table(report: Mapping[str, Any], source: str) -> str:
+    """Markdown from the file alone; the best mean of a column that has a best is bold."""
+    n, versions = report["draws"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    about = (
+        f"{report['pictures']} pictures of {report['side']} x {report['side']}, prior {report['prior']}, noise "
+        f"{report['noise_std']}, {n} draws a picture, at most {report['evaluations']} network evaluations a draw; "
+        f"{report['device']}, {report['precision']}; {versions}. Means with standard errors over pictures. Coverage is "
+        f"that of the range of {n} draws, {(n - 1) / (n + 1):.3f} if calibrated; spread / skill and the reduced "
+        "chi-square of single draws are 1 if calibrated. Passes: through the network, a draw, forward + backward."
+    )
+    text = [f"Made from `{source}` by `python -m invdiff.bench.imaging table`; not edited by hand.", "", about]
+    for task, title in TASKS.items():
+        rows = [r for r in report["rows"] if r["task"] == task]
+        done = [r for r in rows if "failed" not in r]
+        if not rows:
+            continue
+        best = {
+            key: (min if key == "crps" else max)(1000 * r[key][0] if key == "crps" else r[key][0] for r in done)
+            for key in ("psnr_mean", "psnr_draw", "ssim_mean", "crps")
+        }
+        text += ["", f"### {title}", ""]
+        text += ["| library | sampler | passes | s a picture | " + " | ".join(c[1] for c in _COLUMNS) + " |"]
+        text += ["| --- | --- " + "| ---: " * (len(_COLUMNS) + 2) + "|"]
+        for r in sorted(done, key=lambda r: r["crps"][0]):
+            cells = [_cell(r, key, digits, best.get(key)) for key, _, digits in _COLUMNS]
+            passes = f"{r['evaluations']:.0f} + {r['backward']:.0f}"
+            head = [r["library"], r["contender"], passes, f"{r['seconds_per_picture']:.2f}"]
+            text.append("| " + " | ".join([*head, *cells]) + " |")
+        text += [f"\nLeft out: {r['contender']} ({r['library']}). {r['failed']}" for r in rows if "failed" in r]
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(prog="invdiff.bench.imaging", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=("tune", "test", "merge", "table"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--settings", type=Path, help="what `tune` wrote")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--parts", type=Path, nargs="*", default=[], help="files that `merge` joins")
+    parser.add_argument("--prior", default="photos-64")
+    parser.add_argument("--side", type=int, choices=(64, 256), default=64)
+    parser.add_argument("--pictures", type=int, default=104)
+    parser.add_argument("--draws", type=int, help=f"{DRAWS}, and {TUNING_DRAWS} to tune")
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--only", nargs="*", help="contenders")
+    parser.add_argument("--tasks", nargs="*", choices=tuple(TASKS))
+    parser.add_argument("--claim", type=Path, help="empty folder that several processes share to divide the work")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.command == "merge":
+        merge(options.out, options.parts)
+        return
+    if options.command == "table":
+        options.table.write_text(table(json.loads(options.out.read_text()), options.out.as_posix()))
+        return
+    if options.draws is None:
+        options.draws = TUNING_DRAWS if options.command == "tune" else DRAWS
+    prior: Any = load_prior(options.prior)
+    if options.side != prior.shape[-1]:
+        prior = prior.at((3, options.side, options.side))
+    prior = prior.to(options.device)
+    if options.command == "tune":
+        options.pictures = min(options.pictures, TOGETHER[64])
+    report = about(options, prior) | {"benchmark": f"imaging {options.command}", "side": options.side}
+    report |= {"pictures": options.pictures, "processes": 1, "rows": []}
+    if options.command == "tune":
+        report["trials"] = options.trials
+
+    def note(row: dict[str, Any]) -> None:
+        report["rows"].append(row)
+        write(options.out, report)
+        print(json.dumps({k: v for k, v in row.items() if not k.startswith("each_") and k != "trials"}), flush=True)
+
+    (tune if options.command == "tune" else test)(options, prior, note)
+
+
+if __name__ == "__main__":
+    main()
