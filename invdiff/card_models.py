@@ -5,15 +5,17 @@ import json
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from invdiff.errors import CatalogueError, InputError
 
 # Strict: TOML has numbers, so that text or a truth value in a number's place is a mistake.
 Positive = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -74,12 +76,16 @@ class FileMask(_Card):
     path: str
 
 
+Kernel = Annotated[GaussianKernel | MotionKernel | FileKernel, Field(discriminator="type")]
+Boundary = Literal["circular", "reflect", "zero", "valid"]
+
+
 class BlurCard(_Card):
     """Convolution."""
 
     type: Literal["Blur"]
-    kernel: Annotated[GaussianKernel | MotionKernel | FileKernel, Field(discriminator="type")]
-    boundary: Literal["circular", "reflect", "zero", "valid"] = "reflect"
+    kernel: Kernel
+    boundary: Boundary = "reflect"
 
 
 class InpaintingCard(_Card):
@@ -96,7 +102,71 @@ class DownsamplingCard(_Card):
     factor: Annotated[int, Field(strict=True, ge=2)]
 
 
-OperatorCard = Annotated[BlurCard | InpaintingCard | DownsamplingCard, Field(discriminator="type")]
+class CompressedSensingCard(_Card):
+    """Random measurements, `ratio` times as many as values; without a seed it follows the index, modulo `seeds`."""
+
+    type: Literal["CompressedSensing"]
+    ratio: Annotated[float, Field(strict=True, gt=0.0, le=1.0)]
+    kind: Literal["fourier", "gaussian"] = "fourier"
+    seed: Index | None = None
+    seeds: Count = 8
+
+
+def _angles(value: object) -> int | tuple[float, ...]:
+    # By hand: a union's errors would name its branches, which mean nothing to whoever wrote the card.
+    if isinstance(value, list | tuple):
+        degrees = [float(v) for v in value if isinstance(v, int | float) and not isinstance(v, bool) and isfinite(v)]
+        if len(degrees) == len(value) > 0:
+            return tuple(degrees)
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("the angles are their number, at least 1, or a flat list of finite degrees")
+
+
+class TomographyCard(_Card):
+    """Line integrals along parallel rays; angles is their number in half a turn, or a list of degrees."""
+
+    type: Literal["Tomography"]
+    angles: Annotated[int | tuple[float, ...], BeforeValidator(_angles)]
+    detectors: Count | None = None
+
+
+class HighDynamicRangeCard(_Card):
+    """Contrast amplified and clipped."""
+
+    type: Literal["HighDynamicRange"]
+    gain: Positive = 2.0
+
+
+class NonlinearBlurCard(_Card):
+    """Camera shake in linear light that saturates and is gamma-encoded."""
+
+    type: Literal["NonlinearBlur"]
+    kernel: Kernel
+    boundary: Boundary = "reflect"
+    gamma: Annotated[float, Field(strict=True, ge=1.0, allow_inf_nan=False)] = 2.2
+    exposure: Positive = 1.5
+    knee: Positive = 0.1
+
+
+class PhaseRetrievalCard(_Card):
+    """Magnitudes of the oversampled Fourier transform."""
+
+    type: Literal["PhaseRetrieval"]
+    oversampling: NotNegative = 2.0
+
+
+OperatorCard = Annotated[
+    BlurCard
+    | InpaintingCard
+    | DownsamplingCard
+    | CompressedSensingCard
+    | TomographyCard
+    | HighDynamicRangeCard
+    | NonlinearBlurCard
+    | PhaseRetrievalCard,
+    Field(discriminator="type"),
+]
 
 
 class GaussianNoise(_Card):
@@ -104,6 +174,23 @@ class GaussianNoise(_Card):
 
     type: Literal["gaussian"] = "gaussian"
     std: Positive
+
+
+class PoissonNoise(_Card):
+    """Photon counts: gain is the mean count of one unit of the operator's output, background that of the dark."""
+
+    type: Literal["poisson"]
+    gain: Positive
+    background: NotNegative = 1e-3
+
+
+def _gaussian_unless_said(value: object) -> object:
+    return {"type": "gaussian"} | dict(value) if isinstance(value, Mapping) else value
+
+
+Noise = Annotated[
+    Annotated[GaussianNoise | PoissonNoise, Field(discriminator="type")], BeforeValidator(_gaussian_unless_said)
+]
 
 
 class ProblemData(_Card):
@@ -121,7 +208,7 @@ class ProblemCard(_Card):
     title: str
     description: str
     operator: OperatorCard
-    noise: GaussianNoise
+    noise: Noise
     data: ProblemData
     metrics: tuple[str, ...] = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage_90", "spread_skill")
 
@@ -195,7 +282,7 @@ Card = ProblemCard | DataCard | PriorCard
 MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard, "priors": PriorCard}
 
 
-_UNIONS = {"operator", "kernel", "mask"}
+_UNIONS = {"operator", "kernel", "mask", "noise"}
 
 
 def _explain(error: ValidationError) -> str:

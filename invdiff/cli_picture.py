@@ -11,10 +11,9 @@ from invdiff import likelihoods
 from invdiff.errors import InputError, ShapeError
 from invdiff.event import image_event
 from invdiff.images import read_image, resize_image
-from invdiff.likelihoods import Gaussian
-from invdiff.operators.base import LinearOperator
+from invdiff.likelihoods import Gaussian, Poisson
 from invdiff.operators.crop import Crop
-from invdiff.operators.from_card import operator_from_card, seed_of
+from invdiff.operators.from_card import kernel_from_card, operator_from_card, seed_of
 from invdiff.operators.inpainting import Inpainting
 from invdiff.problem import Problem, problem_from_card, read_problem_card
 from invdiff.solution import Solution
@@ -25,6 +24,21 @@ if TYPE_CHECKING:
     from invdiff.priors import NetworkPrior
 
 Lines = list[tuple[str, str]]
+
+_INSTRUMENTS = {
+    "Blur": ("kernel", "--set operator.kernel=kernel.png"),
+    "Inpainting": ("mask", "--set operator.mask=mask.png"),
+    "Downsampling": ("factor", "--set operator.factor=4"),
+    "HighDynamicRange": ("gain", "--set operator.gain=2"),
+    "NonlinearBlur": ("kernel", "--set operator.kernel=kernel.png"),
+}
+"""Operators whose output is a picture: the part that must be known, and how to say it."""
+_OTHERS = {
+    "CompressedSensing": "random projections",
+    "Tomography": "line integrals",
+    "PhaseRetrieval": "Fourier magnitudes",
+}
+"""Operators whose output is no picture, and what it is."""
 
 
 def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[Problem, Lines]:
@@ -39,6 +53,7 @@ def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapp
         raise InputError("--noise and --set noise.std say the same thing; give one of them.")
     settings = {f"operator.{k}": v for k, v in operator.items()} | {f"noise.{k}": v for k, v in noise.items()}
     if request.noise is not None:
+        _refuse_photons(request, settings)
         settings["noise.std"] = request.noise
     card = read_problem_card(request.problem, settings)
     if request.image is None:
@@ -67,6 +82,19 @@ def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapp
     return problem, [("picture", f"{request.image}, {_size(pixels)}: {'; '.join(notes)}"), told]
 
 
+def _refuse_photons(request: "Request", settings: Mapping[str, Any]) -> None:
+    from invdiff.card_models import override, read_values
+    from invdiff.cards import find
+
+    # The plain values: the card may be complete only with --noise.
+    noise = override(read_values(find("problems", request.problem)), settings).get("noise")
+    if isinstance(noise, dict) and noise.get("type") == "poisson":
+        raise InputError(
+            f"--noise is a standard deviation, but {request.problem} counts photons: set the mean counts of white with "
+            f"--set noise.gain={noise.get('gain', 200)} and those of the dark with --set noise.background=1 instead."
+        )
+
+
 def _cut(pixels: Tensor, card: "ProblemCard", notes: list[str]) -> Tensor:
     """Cut the right and lower edges so that a down-sampling factor divides the sides."""
     if card.operator.type != "Downsampling":
@@ -84,15 +112,17 @@ def _check_given(
     card: "ProblemCard", operator: Mapping[str, Any], noise: Mapping[str, Any], request: "Request"
 ) -> None:
     """Without --simulate the card's example parameters are not those of the user's instrument: ask for them."""
-    part, example = {
-        "Blur": ("kernel", "--set operator.kernel=kernel.png"),
-        "Inpainting": ("mask", "--set operator.mask=mask.png"),
-        "Downsampling": ("factor", "--set operator.factor=4"),
-    }[card.operator.type]
+    what = "photon counts" if card.noise.type == "poisson" else _OTHERS.get(card.operator.type)
+    if what is not None:
+        raise InputError(
+            f"The measurement of {card.name} is {what}, which a picture's file cannot hold; let your picture be "
+            "degraded first, with --simulate, or pass the measured values in Python, to invdiff.likelihoods."
+        )
+    part, example = _INSTRUMENTS[card.operator.type]
     missing = []
     if not any(key.split(".")[0] == part for key in operator):
         drawn = {"kernel": " or --set operator.kernel.seed=3", "mask": " or --set operator.mask.seed=3"}.get(part, "")
-        if card.operator.type == "Blur" and card.operator.kernel.type == "gaussian":
+        if card.operator.type in ("Blur", "NonlinearBlur") and card.operator.kernel.type == "gaussian":
             drawn = " or --set operator.kernel.std=2"
         missing.append(f"the {part}, with {example}{drawn}")
     if request.noise is None and "std" not in noise:
@@ -110,6 +140,7 @@ def _measured(pixels: Tensor, card: "ProblemCard", index: int) -> Problem:
 
     shape = _unknown_shape(pixels, card, index)
     operator = operator_from_card(card.operator, shape, index)
+    assert card.noise.type == "gaussian"  # checked before
     y = operator(pixels[None])[0] if isinstance(operator, Inpainting) else pixels
     return Problem(
         likelihoods.Gaussian(operator, y, card.noise.std),
@@ -124,10 +155,8 @@ def _unknown_shape(pixels: Tensor, card: "ProblemCard", index: int) -> tuple[int
     c, h, w = pixels.shape
     if card.operator.type == "Downsampling":
         return c, h * card.operator.factor, w * card.operator.factor
-    if card.operator.type == "Blur" and card.operator.boundary == "valid":
-        # A probe of the kernel's size: "valid" loses as many pixels from any picture that holds the kernel.
-        kernel = operator_from_card(card.operator.model_copy(update={"boundary": "circular"}), (1, 2**12, 2**12), index)
-        kh, kw = kernel.get_buffer("kernel").shape[-2:]
+    if card.operator.type in ("Blur", "NonlinearBlur") and card.operator.boundary == "valid":
+        kh, kw = kernel_from_card(card.operator.kernel, index).shape
         return c, h + kh - 1, w + kw - 1
     return c, h, w
 
@@ -152,12 +181,17 @@ def on_grid(problem: Problem, grid: tuple[int, int, int]) -> Problem:
     likelihood = problem.likelihood
     if tuple(likelihood.in_shape) == grid:
         return problem
-    if not isinstance(likelihood, Gaussian) or not isinstance(likelihood.operator, LinearOperator):
-        raise InputError("Only linear problems with Gaussian noise can be put on a larger grid.")
+    if not isinstance(likelihood, (Gaussian, Poisson)):
+        raise InputError("Only problems with Gaussian noise or photon counts can be put on a larger grid.")
     h, w = likelihood.in_shape[1:]
-    operator = likelihood.operator @ Crop(grid, (h, w))
+    operator, y = likelihood.operator @ Crop(grid, (h, w)), likelihood.measurement[0]
+    larger = (
+        Gaussian(operator, y, likelihood.noise_std)
+        if isinstance(likelihood, Gaussian)
+        else Poisson(operator, y, likelihood.gain, likelihood.background)
+    )
     return Problem(
-        Gaussian(operator, likelihood.measurement[0], likelihood.noise_std),
+        larger,
         event=image_event(grid),
         name=problem.name,
         card=problem.card,
@@ -185,21 +219,31 @@ def off_grid(solution: Solution, problem: Problem) -> Solution:
 
 
 def _told(card: "ProblemCard", problem: Problem, how: str) -> tuple[str, str]:
-    """Say in words what the operator is."""
-    operator = card.operator
-    if operator.type == "Downsampling":
-        words = f"factor {operator.factor}"
-    else:
-        name, part = ("kernel", operator.kernel) if operator.type == "Blur" else ("mask", operator.mask)
-        if part.type == "file":
-            words = f"{name} {Path(part.path).name}"
-        else:
-            settings = part.model_dump(exclude={"type", "seed", "seeds"})
-            words = ", ".join([f"{part.type} {name}", *(f"{k} {v}" for k, v in settings.items())])
-            if part.type != "gaussian" and not getattr(part, "centred", False):
-                words += f", seed {seed_of(part, int(problem.card['index']))}"
-        words += f", boundary {operator.boundary}" if operator.type == "Blur" else ""
-    return "problem", f"{card.name}: {operator.type} ({words}), noise {card.noise.std:g}; {how}"
+    """Say in words what the operator and the noise are."""
+    operator, index, words = card.operator, int(problem.card["index"]), []
+    for name, part in operator:
+        if name in ("kernel", "mask"):
+            words += (
+                [f"{name} {Path(part.path).name}"]
+                if part.type == "file"
+                else _words(part, index, f"{part.type} {name}")
+            )
+    words += _words(operator, index)
+    noise = (
+        f"noise {card.noise.std:g}"
+        if card.noise.type == "gaussian"
+        else f"photon counts, {card.noise.gain:g} for white, {card.noise.background:g} in the dark"
+    )
+    return "problem", f"{card.name}: {operator.type} ({', '.join(words)}), {noise}; {how}"
+
+
+def _words(part: Any, index: int, *first: str) -> list[str]:
+    """Say the settings of an operator, kernel or mask, without its own parts, and the seed that it follows."""
+    hidden = {"type", "kernel", "mask", "seed", "seeds"}
+    words = [*first, *(f"{k} {v}" for k, v in part.model_dump(exclude=hidden, exclude_none=True).items())]
+    if hasattr(part, "seeds") and not getattr(part, "centred", False):
+        words.append(f"seed {seed_of(part, index)}")
+    return words
 
 
 def _size(pixels: Tensor) -> str:

@@ -28,9 +28,10 @@ def plot_solution(solution: Solution, draws: int = 3) -> "Figure":
     """Measurement, mean, truth, standard deviation and draws.
 
     Pictures (one or three channels, values in [0, 1], clipped for show) are panels without interpolation, so a
-    down-sampled measurement keeps its pixels; the standard deviation is the root of the channels' mean variance, and
-    where there is a truth, the error of the mean stands below it in the same colours. One-dimensional unknowns are the
-    mean with the band of 90 % (of all draws, where there are fewer than 19).
+    down-sampled measurement keeps its pixels; one that is far from pixel values, such as counts, is scaled. The
+    standard deviation is the root of the channels' mean variance, and where there is a truth, the error of the mean
+    stands below it in the same colours. One-dimensional unknowns are the mean with the band of 90 % (of all draws,
+    where there are fewer than 19).
 
     Parameters
     ----------
@@ -91,12 +92,16 @@ def _over_channels(x: Tensor) -> Any:
 
 
 def _measured_picture(solution: Solution) -> Tensor | None:
-    """Show the measurement as a picture; inpainting's is put back into its frame, grey where nothing was seen."""
+    """Show the measurement as a picture; inpainting's is put back into its frame, grey where nothing was seen.
+
+    Counts, line integrals and magnitudes are no pixel values: what passes them by far is scaled to its largest values.
+    """
     y = solution.measurement
     if y is None or y.is_complex():
         return None
     if _is_picture(tuple(y.shape)):
-        return y
+        largest = y.flatten().kthvalue(max(1, round(0.995 * y.numel()))).values
+        return y / largest if float(largest) > 1.5 else y  # noise takes pixel values a little past 1
     fill = getattr(getattr(solution.likelihood, "operator", None), "fill", None)
     if fill is None:
         return None

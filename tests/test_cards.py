@@ -15,6 +15,8 @@ from invdiff.card_models import (
     DataCard,
     FileKernel,
     FileMask,
+    GaussianNoise,
+    PoissonNoise,
     ProblemCard,
     card_hash,
     override,
@@ -25,14 +27,16 @@ from invdiff.card_models import (
 
 EVERY = [(kind, name) for kind in cards.KINDS for name in cards.names(kind)]
 
-CARD = """
+KERNEL = """type = "Blur"
+kernel = { type = "gaussian", size = 5, std = 1.0 }"""
+
+CARD = f"""
 name = "mine"
 version = 1
 title = "t"
 description = "d"
 [operator]
-type = "Blur"
-kernel = { type = "gaussian", size = 5, std = 1.0 }
+{KERNEL}
 [noise]
 std = 0.05
 [data]
@@ -184,6 +188,34 @@ def test_a_path_without_a_card(tmp_path):
         ('type = "gaussian"', 'type = "gauss"', "operator.kernel", "'gauss'.*'gaussian', 'motion', 'file'"),
         ('type = "Blur"', 'type = "Blurr"', "operator", "'Blurr'.*'Blur', 'Inpainting', 'Downsampling'"),
         ('type = "Blur"', "", "operator", "'type'"),
+        ("[noise]\nstd = 0.05", "[noise]\ntype = 'poison'", "noise", "'poison'.*'gaussian', 'poisson'"),
+        ("std = 0.05", "type = 'poisson'", "noise.gain", "field required"),
+        ("std = 0.05", "type = 'poisson'\ngain = 0", "noise.gain", "greater than 0, got 0"),
+        ("std = 0.05", "type = 'poisson'\ngain = 1\nbackground = -1", "noise.background", "equal to 0, got -1"),
+        ("std = 0.05", "type = 'poisson'\ngain = 1\nstd = 1", "noise.std", "is not a field"),
+        ("[noise]\nstd = 0.05", "[noise]\ntype = 3\nstd = 0.05", "noise", "'3'"),
+        (
+            KERNEL,
+            "type = 'Tomography'\nangles = [[0, 45], [90, 135]]",
+            "operator.angles",
+            r"flat list.*got \[\[0, 45\]",
+        ),
+        (KERNEL, "type = 'Tomography'\nangles = []", "operator.angles", r"flat list.*got \[\]"),
+        (KERNEL, "type = 'Tomography'\nangles = [0, nan]", "operator.angles", "finite degrees"),
+        (KERNEL, "type = 'Tomography'\nangles = ['0']", "operator.angles", "finite degrees"),
+        (KERNEL, "type = 'Tomography'\nangles = 0", "operator.angles", "at least 1.*got 0"),
+        (KERNEL, "type = 'Tomography'\nangles = true", "operator.angles", "got True"),
+        (KERNEL, "type = 'Tomography'\nangles = 2.5", "operator.angles", "got 2.5"),
+        (KERNEL, "type = 'Tomography'", "operator.angles", "field required"),
+        (KERNEL, "type = 'CompressedSensing'\nratio = 1.5", "operator.ratio", "less than or equal to 1, got 1.5"),
+        (KERNEL, "type = 'HighDynamicRange'\ngain = -1", "operator.gain", "greater than 0, got -1"),
+        (KERNEL, "type = 'PhaseRetrieval'\noversampling = -1", "operator.oversampling", "equal to 0, got -1"),
+        (
+            KERNEL,
+            "type = 'NonlinearBlur'\ngamma = 0.5",
+            "operator.kernel",
+            "field required.*gamma.*equal to 1, got 0.5",
+        ),
         ('type = "Blur"', 'type = "Blur"\nboundary = "wrap"', "operator.boundary", "'circular'.*got 'wrap'"),
     ],
 )
@@ -258,6 +290,19 @@ def test_override_of_a_kernel_or_mask_by_a_path(written, path):
     assert validate(inpainting, "problems", "here").operator.mask == FileMask(type="file", path=str(path))
     table = {"type": "gaussian", "size": 3, "std": 0.5}
     assert validate(override(values, {"operator.kernel": table}), "problems", "here").operator.kernel.size == 3
+
+
+def test_noise_is_gaussian_unless_the_card_says_otherwise(written):
+    read = read_card(written(), "problems")
+    assert isinstance(read, ProblemCard) and isinstance(read.noise, GaussianNoise)
+    counted = read_card(written(CARD, "std = 0.05", "type = 'poisson'\ngain = 30"), "problems")
+    assert isinstance(counted, ProblemCard) and counted.noise == PoissonNoise(
+        type="poisson", gain=30.0, background=1e-3
+    )
+    # As written by a solution's provenance and read again, angles and all.
+    listed = read_card(written(CARD, KERNEL, "type = 'Tomography'\nangles = [0, 45.5]"), "problems")
+    again = validate(json.loads(json.dumps(listed.model_dump(mode="json"))), "problems", "here")
+    assert again == listed and card_hash(again) == card_hash(listed)
 
 
 def test_the_hash_is_of_the_content_alone(written):

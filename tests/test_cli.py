@@ -107,6 +107,12 @@ def test_pictures_of_all_kinds_are_restored_at_their_own_size(here, capsys, prio
         ("motion-deblur", ["--set", "operator.kernel.seed=3", "--set", "operator.kernel.size=5"], (13, 21)),
         ("inpaint-random", ["--set", "operator.mask=mask.png"], (13, 21)),
         ("super-resolution-x4", ["--set", "operator.factor=2"], (26, 42)),
+        ("high-dynamic-range", ["--set", "operator.gain=2"], (13, 21)),
+        (
+            "nonlinear-blur",
+            ["--set", "operator.kernel=kernel.png", "--set", "operator.boundary=valid", "--sampler", "dps"],
+            (15, 23),
+        ),
     ],
 )
 def test_a_picture_may_be_the_measurement(here, capsys, prior, card, words, size):
@@ -118,6 +124,29 @@ def test_a_picture_may_be_the_measurement(here, capsys, prior, card, words, size
     y = torch.from_numpy(np.asarray(Image.open("plain.png")).astype(np.float32)).permute(2, 0, 1) / 255
     mask = torch.from_numpy(np.asarray(Image.open("mask.png")) > 0).expand(3, -1, -1)
     torch.testing.assert_close(solution.measurement, y[mask] if card == "inpaint-random" else y)
+
+
+@pytest.mark.parametrize(
+    ("card", "sampler", "told"),
+    [
+        ("high-dynamic-range", "DPS", "HighDynamicRange (gain 2.0), noise 0.05"),
+        ("phase-retrieval", "DPS", "PhaseRetrieval (oversampling 2.0), noise 0.05"),
+        ("nonlinear-blur", "DPS", "NonlinearBlur (motion kernel, size 15, intensity 0.5, seed 3, boundary reflect,"),
+        ("tomography", "PiGDM", "Tomography (angles 20), noise 0.4"),
+        ("compressed-sensing", "PiGDM", "CompressedSensing (ratio 0.3, kind fourier, seed 3), noise 0.05"),
+        ("poisson-deblur", "DPS", "boundary reflect), photon counts, 200 for white, 1 in the dark"),
+    ],
+)
+def test_every_other_card_degrades_a_picture_and_finds_a_sampler_that_can(here, capsys, prior, card, sampler, told):
+    words = ["--image", "plain.png", "--simulate", "--index", "3", "--draws", "1"]
+    if sampler == "DPS":  # so weak that two steps of an untrained network stay finite
+        words += ["--set", "sampler.scale=1e-4"]
+    status, out, err = solve(capsys, prior, *words, card=card)
+    said = " ".join(out.split())
+    assert status == 0, err
+    assert told in said and f"sampler {sampler} (" in said and "on 24 x 16 (padded" in said
+    solution = Solution.load(here / "result.nc")
+    assert solution.draws.shape == (1, 3, 13, 21) and solution.reference["image"].shape == (3, 13, 21)
 
 
 def test_the_margin_is_not_measured(prior):
@@ -136,6 +165,10 @@ def test_the_margin_is_not_measured(prior):
     own = problem.likelihood.log_prob(pixels[None])
     torch.testing.assert_close(on_grid(problem, grid).likelihood.log_prob(scene), own.expand(2))
     assert on_grid(problem, grid).reference is None and on_grid(problem, (3, 13, 21)) is problem
+    for card in ("phase-retrieval", "poisson-deblur"):
+        problem = problem_from_card(read_problem_card(card), pixels=pixels)
+        own = problem.likelihood.log_prob(pixels[None])
+        torch.testing.assert_close(on_grid(problem, grid).likelihood.log_prob(scene), own.expand(2))
 
 
 def test_a_data_sets_picture_settings_and_named_files(here, capsys, prior):
@@ -240,6 +273,13 @@ def test_bad_input_is_one_message_and_leaves_nothing(here, capsys, prior, words,
             ["--image", "small.png", "--simulate", "--set", "operator.factor=8"],
             "smaller than the factor",
         ),
+        ("phase-retrieval", ["--sampler", "pigdm"], "DPS"),
+        ("poisson-deblur", ["--sampler", "pigdm"], "DPS"),
+        ("poisson-deblur", ["--noise", "0.1"], "--set noise.gain=200"),
+        ("tomography", ["--set", "operator.angles=[[0,45],[90,135]]"], "operator.angles: the angles are their number"),
+        ("poisson-deblur", ["--image", "plain.png"], "photon counts"),
+        ("tomography", ["--image", "plain.png", "--noise", ".1"], "line integrals"),
+        ("high-dynamic-range", ["--image", "plain.png", "--noise", ".1"], "--set operator.gain=2"),
     ],
 )
 def test_bad_cards_and_masks(here, capsys, prior, card, words, message):

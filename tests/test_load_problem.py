@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from invdiff import CatalogueError, InputError, ShapeError, cards, load_problem, operators
-from invdiff.card_models import BlurCard, InpaintingCard
+from invdiff.card_models import BlurCard, CompressedSensingCard, InpaintingCard, NonlinearBlurCard, TomographyCard
 from invdiff.operators.crop import Crop
 from invdiff.operators.from_card import operator_from_card
 from invdiff.testing import check_operator
@@ -36,10 +36,17 @@ def test_every_shipped_card_is_a_problem(name):
         and 0 <= float(problem.reference.min()) <= float(problem.reference.max()) <= 1
     )
     assert problem.card["name"] == name and problem.card["index"] == 1 and len(problem.card["hash"]) == 64
-    residual = problem.likelihood.measurement - problem.likelihood.operator(problem.reference[None])
-    count = residual.numel()
-    # The noise is the card's: a sample's standard deviation has relative error 1 / sqrt(2 count); six of them.
-    assert float(residual.std()) == pytest.approx(problem.card["noise"]["std"], rel=6 / (2 * count) ** 0.5)
+    noise, clean = problem.card["noise"], problem.likelihood.operator(problem.reference[None]).double()
+    if noise["type"] == "gaussian":
+        mean, std = clean, noise["std"]
+    else:
+        mean = noise["gain"] * clean + noise["background"]
+        std = mean.sqrt()
+    z = (problem.likelihood.measurement - mean) / std
+    # The noise is the card's: mean 0 and mean square 1, the latter with variance 2, or 2 + 1 / rate for counts, whose
+    # rate is here at least the background of 1; six standard errors.
+    assert abs(float(z.mean())) < 6 / z.numel() ** 0.5
+    assert abs(float(z.square().mean()) - 1) < 6 * (3 / z.numel()) ** 0.5
 
 
 def test_the_same_index_is_the_same_problem_and_another_is_not():
@@ -58,6 +65,40 @@ def test_eight_kernels_and_masks_by_index():
     box = InpaintingCard.model_validate({"type": "Inpainting", "mask": {"type": "box", "side": 0.5, "centred": True}})
     mask = operator_from_card(box, (1, 16, 12), 4).mask[0]
     assert torch.equal(mask, operators.box_mask((16, 12), 6))
+
+
+def test_other_operators_from_cards():
+    shape, size = (1, 16, 12), 16 * 12
+    blur = {
+        "type": "NonlinearBlur",
+        "kernel": {"type": "motion", "size": 9},
+        "gamma": 1.8,
+        "exposure": 1.1,
+        "knee": 0.2,
+    }
+    built = operator_from_card(NonlinearBlurCard.model_validate(blur), shape, 10)
+    own = operators.NonlinearBlur(shape, 2, size=9, gamma=1.8, exposure=1.1, knee=0.2)  # 10 modulo 8 seeds
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(built(x), own(x))
+    sensing = CompressedSensingCard.model_validate({"type": "CompressedSensing", "ratio": 0.3, "seeds": 4})
+    seen = [operator_from_card(sensing, shape, i)(x) for i in (1, 2, 5)]
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], operators.CompressedSensing(shape, round(0.3 * size), seed=1)(x))
+    listed = TomographyCard.model_validate({"type": "Tomography", "angles": [0, 45.5, 90], "detectors": 9})
+    expected = operators.Tomography(shape, torch.tensor([0.0, 45.5, 90.0]), detectors=9)
+    assert torch.equal(operator_from_card(listed, shape)(x), expected(x))
+    assert load_problem("high-dynamic-range", operator__gain=3.0).likelihood.operator.gain == 3.0
+    assert load_problem("phase-retrieval", operator__oversampling=4.0).likelihood.operator.out_shape == (3, 128, 128)
+
+
+def test_photon_counts_from_a_card():
+    problem = load_problem("poisson-deblur", noise__gain=50.0)
+    y = problem.likelihood.measurement
+    assert (problem.likelihood.gain, problem.likelihood.background) == (50.0, 1.0)
+    assert torch.equal(y, y.round()) and float(y.min()) >= 0
+    assert problem.key == load_problem("poisson-deblur", noise__gain=50.0).key != load_problem("poisson-deblur").key
+    counts = load_problem("motion-deblur", noise={"type": "poisson", "gain": 10.0})  # another kind of noise, whole
+    assert (counts.likelihood.gain, counts.likelihood.background) == (10.0, 1e-3)
 
 
 def test_overrides_and_files(tmp_path, monkeypatch):

@@ -56,6 +56,16 @@ def test_panels_hold_the_solutions_values(channels):
     assert len(scales) == 1  # one colour bar speaks for both
 
 
+@pytest.mark.parametrize(("factor", "scaled"), [(1.2, False), (200.0, True)])
+def test_a_measurement_far_from_pixel_values_is_scaled(factor, scaled):
+    truth = picture((3, 12, 16))
+    y = factor * truth
+    largest = float(y.flatten().sort().values[round(0.995 * y.numel()) - 1]) if scaled else 1.0
+    solution = solution_of(operators.Scale((3, 12, 16), factor), truth, noise_std=1e-6)
+    expected = (y / largest).clamp(0, 1).permute(1, 2, 0)
+    np.testing.assert_allclose(shown(plot_solution(solution), "Measurement"), expected, atol=1e-5)
+
+
 def test_colour_bar_names_units():
     figure = plot_solution(solution_of(operators.Scale((3, 12, 12)), picture((3, 12, 12))))
     assert any("pixel value" in axes.get_ylabel() for axes in figure.axes)

@@ -159,7 +159,12 @@ def collect(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any
         return drawn
 
     report = head(options, prior, plan) | {"rows": [], "left_out": []}
-    for task, name, k in jobs((c, h, w), plan.evaluations)[index::workers]:
+    wanted = [
+        job
+        for job in jobs((c, h, w), plan.evaluations)
+        if (not options.only or job[1] in options.only) and (not options.tasks or job[0] in options.tasks)
+    ]
+    for task, name, k in wanted[index::workers]:
         reason = ""
         chosen = settings_of(name)
         if chosen is None:
@@ -215,8 +220,9 @@ def merge(parts: Sequence[Path]) -> dict[str, Any]:
     def place(r: dict[str, Any]) -> tuple[int, int, int]:
         return order.index(r["task"]), NAMES.index(r["sampler"]), r["wanted_evaluations"]
 
-    joined = {key: sorted((r for report in reports for r in report[key]), key=place) for key in ("rows", "left_out")}
-    return common[0] | joined
+    # A row that was run again replaces the first.
+    joined = {key: {place(r): r for report in reports for r in report[key]} for key in ("rows", "left_out")}
+    return common[0] | {key: [found[k] for k in sorted(found)] for key, found in joined.items()}
 
 
 _SHOWN = ("values", "low frequencies", "high frequencies")
@@ -282,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--quick", action="store_true", help="8 truths, 19 draws, few evaluations")
+    parser.add_argument("--only", nargs="*", choices=NAMES, help="samplers; all if left out")
+    parser.add_argument("--tasks", nargs="*", choices=tuple(tasks((1, 16, 16))), help="all if left out")
     parser.add_argument("--worker", default="0/1", help="i/k: this process's share")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of the workers to join; runs nothing")
     options = parser.parse_args(arguments)

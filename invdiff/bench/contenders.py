@@ -42,7 +42,7 @@ from invdiff.samplers import (
 )
 from invdiff.solve import solve
 
-EVALUATIONS = 40
+EVALUATIONS = 50
 """Network evaluations a draw, forward; backward ones are reported."""
 MICRO_BATCH = {64: 52, 256: 16}
 """Pictures in one pass through the network, by their side: one number a side, so that the network is compiled once."""

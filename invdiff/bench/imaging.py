@@ -289,6 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.side != prior.shape[-1]:
         prior = prior.at((3, options.side, options.side))
     prior = prior.to(options.device)
+    if options.precision != "float32" and torch.device(options.device).type == "cuda":
+        prior = prior.to(memory_format=torch.channels_last)  # as `Posterior` has it; for all contenders alike
     if options.command == "tune":
         options.pictures = min(options.pictures, TOGETHER[64])
     report = about(options, prior) | {"benchmark": f"imaging {options.command}", "side": options.side}
