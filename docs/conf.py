@@ -23,7 +23,8 @@ extensions = [
     "numpydoc",
     "myst_parser",
 ]
-exclude_patterns = ["_build", "generated", "exactness_table.md"]
+TABLES = ("exactness", "calibration")
+exclude_patterns = ["_build", "generated", *(f"{name}_table.md" for name in TABLES)]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "autolink"  # single backticks link where the name can be found, and are plain where not
@@ -51,18 +52,19 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"invdiff {release}"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False, "use_edit_page_button": False}
-PAGES = ("index", "quickstart", "samplers", "priors", "exactness", "contracts", "changelog")
+PAGES = ("index", "quickstart", "samplers", "priors", "exactness", "calibration", "contracts", "changelog")
 html_sidebars = {page: [] for page in PAGES}  # only the reference has pages below its own
 html_show_sourcelink = False
 
 
 def write_includes() -> None:
-    """Collect the measured table and the model cards in docs/generated, or a line that says that there is none."""
+    """Collect the measured tables and the model cards in docs/generated, or a line that says that there is none."""
     generated = HERE / "generated"
     generated.mkdir(exist_ok=True)
-    table = HERE / "exactness_table.md"
-    none = "The table has not been measured in this checkout: run `python -m invdiff.bench.exactness`.\n"
-    (generated / "exactness_table.md").write_text(table.read_text("utf-8") if table.is_file() else none, "utf-8")
+    for name in TABLES:
+        table = HERE / f"{name}_table.md"
+        none = f"The table has not been measured in this checkout: run `python -m invdiff.bench.{name}`.\n"
+        (generated / table.name).write_text(table.read_text("utf-8") if table.is_file() else none, "utf-8")
     cards = []
     for path in sorted((ROOT / "priors").glob("*/README.md")):
         pictures = generated / path.parent.name

@@ -21,7 +21,7 @@ from invdiff import driver
 from invdiff.driver import Budget, Callback, Sampler
 from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.event import Event, check_agreement, plain_event
-from invdiff.likelihoods import Gaussian, Likelihood
+from invdiff.likelihoods import Gaussian, Likelihood, Poisson
 from invdiff.linear_gaussian import LinearGaussian, linear_gaussian
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator
@@ -150,6 +150,7 @@ class Posterior:
             self._denoise = torch.compile(self._denoise)
         self._linear = linear_gaussian(self._likelihood, self._decoder)
         self._mean: Tensor | None = None
+        self._noise_std: float | None = None  # worked out once: a look at the device waits for it
 
     # What the problem and the prior can do.
 
@@ -185,10 +186,13 @@ class Posterior:
 
     @property
     def noise_std(self) -> float | None:
-        """Root-mean-square noise of a Gaussian likelihood in the measurement's units, or None for other likelihoods."""
-        if isinstance(self._likelihood, Gaussian):
-            return float((self._likelihood.noise_std**2).mean().sqrt())
-        return None
+        """Root-mean-square noise in units of the operator's output, of Gaussian noise or counts; else None."""
+        if self._noise_std is None:
+            if isinstance(self._likelihood, Gaussian):
+                self._noise_std = float((self._likelihood.noise_std**2).mean().sqrt())
+            elif isinstance(self._likelihood, Poisson):
+                self._noise_std = self._likelihood.noise_level
+        return self._noise_std
 
     @property
     def capabilities(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from invdiff.operators.base import LinearOperator, Operator, fingerprint
 from invdiff.operators.high_dynamic_range import HighDynamicRange
 from invdiff.operators.nonlinear_blur import NonlinearBlur
 from invdiff.operators.phase_retrieval import PhaseRetrieval
+from invdiff.posterior import Posterior
 from invdiff.priors import FieldPrior
 from invdiff.testing import check_operator
 
@@ -405,3 +406,21 @@ def test_stacked_counts_pick_their_rows_unchecked():
 def test_simulate_refuses_wrong_noise(settings, message):
     with pytest.raises(InputError, match=message):
         Problem.simulate(Scale((1, 4, 4)), rand(1, 4, 4), **settings)
+
+
+def test_counts_have_the_noise_of_their_mean():
+    """Bright counts are nearly Gaussian, so that the norm that DPS steps down has nearly the same gradient for both."""
+    prior = FieldPrior.power_law((1, 8, 8), exponent=2.0, std=0.05, mean=0.5)
+    truth, gain = prior.sample(1, seed=3)[0].float(), 1e6
+    A = Scale((1, 8, 8))
+    counts = Problem.simulate(A, truth, gain=gain, seed=1)
+    gaussian = Problem(Gaussian(A, counts.likelihood.measurement[0] / gain, (0.5 / gain) ** 0.5))
+    x = (truth + 0.01)[None]
+    slopes = []
+    for posterior in (Posterior(counts, prior), Posterior(gaussian, prior)):
+        _, grad = posterior.log_likelihood_and_grad(x)
+        slopes.append(posterior.noise_std * grad / posterior.deviance(x).sqrt())
+    assert Posterior(counts, prior).noise_std == pytest.approx((0.5 / gain) ** 0.5, rel=0.1)
+    # The counts' own variance is the pixel's, not the mean's: std 0.05 about 0.5 is a tenth.
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=0.4, atol=0.0)
+    assert float(slopes[0].norm() / slopes[1].norm()) == pytest.approx(1.0, abs=0.1)

@@ -68,6 +68,11 @@ class Poisson(Likelihood):
         """Number of values in one measurement."""
         return prod(self.operator.out_shape)
 
+    @property
+    def noise_level(self) -> float:
+        """Root-mean-square noise in units of A's output, as the counts have it: sqrt(mean count) / gain."""
+        return float(self.measurement.double().mean().clamp_min(1.0).sqrt()) / self.gain
+
     def rate(self, x: Tensor) -> Tensor:
         """Mean counts at x: (n, *in_shape) -> (n, *out_shape)."""
         return self.gain * self.operator(x).clamp_min(0) + self.background

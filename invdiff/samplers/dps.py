@@ -10,7 +10,7 @@ whole run adds the same as in the paper's 1000 steps. Here the norm is taken in 
 [0, 1]), the paper's in [-1, 1].
 
 Departures: the step to sigma = 0 is unguided. For likelihoods other than Gaussian the norm is the square root of the
-deviance.
+deviance, for counts times the noise that the mean count has.
 
 Biased, in no limit exact: the guidance is not the gradient of a log-likelihood, so the spread of the draws follows from
 zeta and not from the noise. Measured on inpainting, blur and down-sampling of a Gaussian field (12 x 12, noise 0.05;

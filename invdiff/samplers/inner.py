@@ -21,8 +21,8 @@ def stiffness(posterior: Posterior, slope: float | None) -> float:
     posterior
         The posterior.
     slope
-        Bound on the norm of dA/dz in place of ||A||, latent units; needed where the problem is not linear. Where the
-        noise is not Gaussian it is that square root itself.
+        Bound on the norm of dA/dz in place of ||A||, latent units; needed where the problem is not linear. For an
+        objective, which has no noise, it is that square root itself.
 
     Raises
     ------

@@ -15,8 +15,8 @@ true term over L where ||A|| = 1 and the noise is white, whatever noise_std. Ada
 problems; for others the largest |change of the gradient| / |change of mu| along the particle's own way, forgotten as
 fast as Adam's second moment.
 
-Departures: the denoiser is never asked below sigma_* = 1 / sqrt(lambda L). The mean of (mu - D) / sigma^2 is the
-gradient of -log p_sigma about mu, so above sigma_* the term exceeds the prior's own, at sigma_* it is that, with the
+Departures: the denoiser is never asked below ``s*`` = 1 / sqrt(lambda L). The mean of (mu - D) / sigma^2 is the
+gradient of -log p_sigma about mu, so above ``s*`` the term exceeds the prior's own, at ``s*`` it is that, with the
 true likelihood, and below it fades as sigma^2: the paper's walk to sigma = 0 ends at the maximum of the likelihood if
 given the time, which fits the noise (on the blur below, 400 steps, 3.5 posterior standard deviations off). The walk
 starts from the prior's mean, which every problem has, not from the pseudo-inverse of the measurement; levels are
