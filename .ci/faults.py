@@ -105,6 +105,48 @@ FAULTS = [
         "sampler.step(posterior, state, noise=noise.at(len(trace) - resumed + 1))",
         "tests/test_driver.py::test_a_resumed_run_gives_the_draws_of_the_uncut_one",
     ),
+    (
+        "the noise of the data left out of DDRM's variance",
+        "invdiff/samplers/ddrm.py",
+        "left = (sigma**2 - (eta_b * noise_std / torch.where(known, s, 1.0)) ** 2)",
+        "left = (sigma**2 - (0.0 * noise_std / torch.where(known, s, 1.0)) ** 2)",
+        "tests/test_ddrm.py::test_variances_are_those_of_the_theory",
+    ),
+    (
+        "a proximal step with lambda upside down",
+        "invdiff/samplers/diffpir.py",
+        "sigma**2 / self.lam)",
+        "sigma**2 * self.lam)",
+        "tests/test_diffpir.py::test_one_step_is_that_of_dense_algebra",
+    ),
+    (
+        "a prior step without its noise",
+        "invdiff/samplers/split_gibbs.py",
+        "+ rho / sqrt(steps) * noise.like(z)",
+        "+ 0.0 * noise.like(z)",
+        "tests/test_split_gibbs.py::test_z_given_x_is_as_wide_as_rho_where_the_prior_is_broad",
+    ),
+    (
+        "coil maps that are not conjugated in the adjoint",
+        "invdiff/operators/mri.py",
+        "(picture * maps.conj()).sum(1)",
+        "(picture * maps).sum(1)",
+        "tests/test_mri.py::test_contract",
+    ),
+    (
+        "another network's deviation of the data",
+        "invdiff/priors/adapters/parametrisations.py",
+        "s = self.sigma_data",
+        "s = 1.5 * self.sigma_data",
+        "tests/test_prior_adapters.py::test_the_denoiser_is_exact_between_the_steps_too",
+    ),
+    (
+        "calibration that ranks a constant for the log-likelihood",
+        "invdiff/diagnostics/calibration.py",
+        "{**functions, LIKELIHOOD: log_likelihood}",
+        "{**functions, LIKELIHOOD: lambda x: 0.0 * log_likelihood(x)}",
+        "tests/test_calibration.py::test_ignoring_the_measurement_is_caught_by_the_log_likelihood_alone",
+    ),
 ]
 
 
