@@ -119,7 +119,14 @@ class LinearGaussian:
         )
 
     def correction(
-        self, r: Tensor, curvature: Curvature, sigma: float, *, atol: float | None = None, max_iterations: int = 400
+        self,
+        r: Tensor,
+        curvature: Curvature,
+        sigma: float,
+        *,
+        start: Tensor | None = None,
+        atol: float | None = None,
+        max_iterations: int = 400,
     ) -> Tensor:
         """C A^T (R + A C A^T)^{-1} r, with C the curvature's covariance at sigma.
 
@@ -133,6 +140,8 @@ class LinearGaussian:
             Residuals (n, *out_shape).
         curvature, sigma
             Error covariance of the denoiser, and where it is taken.
+        start
+            First guess (n, *shape), such as the correction at the last level; zero if None.
         atol
             Root-mean-square error of the result in units of the standard deviation of z_0 given z_sigma and y; 1e-3
             in float32 and 1e-11 in float64 if None, since a solution cut short answers to the last bit of its input
@@ -154,7 +163,7 @@ class LinearGaussian:
 
         b = A.adjoint(r / variance)
         return conjugate_gradient(
-            precision, b, precondition=precondition, rtol=0.0, atol=atol, max_iterations=max_iterations
+            precision, b, start=start, precondition=precondition, rtol=0.0, atol=atol, max_iterations=max_iterations
         )
 
     def gain(self, r: Tensor, variance: float, *, atol: float | None = None, max_iterations: int = 400) -> Tensor:

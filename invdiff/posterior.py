@@ -318,15 +318,14 @@ class Posterior:
             raise ShapeError(f"{m} particles cannot be shared by {p} problems.")
         return torch.arange(p, device=z.device).repeat_interleave(m // p)
 
-    def linear_rows(self, z: Tensor, function: Callable[[LinearGaussian, Tensor], Tensor]) -> Tensor:
-        """Apply ``function(linear problem of the rows, rows)`` by micro-batches; its result has z's shape."""
+    def linear_rows(self, z: Tensor, function: Callable[..., Tensor], *more: Tensor) -> Tensor:
+        """Apply ``function(linear problem of the rows, rows, rows of more ...)`` by micro-batches; as z in shape."""
         if self._linear is None:
             raise CapabilityError("This problem is not linear with Gaussian noise.")
-        flat, rows = self._flat(z), self.rows(z)
-        self.evaluations.likelihood_grad += len(flat)
-        return torch.cat([function(self._linear.rows(rows[s]), flat[s]) for s in self._chunks(len(flat))]).reshape(
-            z.shape
-        )
+        flats, rows = [self._flat(t) for t in (z, *more)], self.rows(z)
+        self.evaluations.likelihood_grad += len(rows)
+        parts = [function(self._linear.rows(rows[s]), *(t[s] for t in flats)) for s in self._chunks(len(rows))]
+        return torch.cat(parts).reshape(z.shape)
 
     def potential(self, sigma: float, path: Path) -> LogProbAndGrad:
         """Temper the likelihood along a path: z -> (f_sigma of the leading axes' shape, gradient of z's shape)."""

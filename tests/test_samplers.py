@@ -152,7 +152,7 @@ def test_pigdm_error_falls_with_steps_to_its_floor():
         sampler = samplers.PiGDM(steps=steps, covariance=samplers.Spectral(max_iterations=400, atol=1e-11))
         posterior = Posterior(problem(0.3), field(), dtype=F64)
         start = torch.cat([torch.zeros(1, 16, dtype=F64), torch.eye(16, dtype=F64)]).reshape(1, 17, *SHAPE)
-        state = samplers.annealing.AnnealedState(z=posterior.noised_mean() + posterior.sigma_max * start)
+        state = samplers.pigdm.GuidedState(z=posterior.noised_mean() + posterior.sigma_max * start)
         while not sampler.done(state):
             state, _ = sampler.step(posterior, state, noise=invdiff.noise.Noise([0], 17))
         end = state.z[0].flatten(1)

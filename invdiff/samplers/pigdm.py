@@ -37,6 +37,13 @@ from invdiff.posterior import Block, Posterior
 from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuidedState(AnnealedState):
+    """State at a noise level, and the last step's correction D_y - D, from which the next solution starts."""
+
+    correction: Tensor | None = None
+
+
 class Covariance(ABC):
     """How the covariance of z_0 given z_sigma is modelled; subclasses are final frozen dataclasses."""
 
@@ -49,8 +56,10 @@ class Covariance(ABC):
         """Backward passes through the network an evaluation, at most."""
 
     @abstractmethod
-    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """D_y(z, sigma) and D(z, sigma)."""
+    def guided(
+        self, posterior: Posterior, z: Tensor, sigma: float, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """D_y(z, sigma) and D(z, sigma); ``start`` is a guess of D_y - D, for those that solve for it."""
 
 
 def _linear(block: Block) -> LinearGaussian:
@@ -78,7 +87,13 @@ class Jacobian(Covariance):
         """One an iteration, and one more."""
         return self.max_iterations + 1
 
-    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def guided(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        sigma: float,
+        start: Tensor | None = None,  # noqa: ARG002 the contract's
+    ) -> tuple[Tensor, Tensor]:
         """D_y and D; see `Covariance.guided`."""
 
         def cotangent(block: Block) -> Tensor:
@@ -114,19 +129,21 @@ class Spectral(Covariance):
         """None."""
         return 0
 
-    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def guided(
+        self, posterior: Posterior, z: Tensor, sigma: float, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """D_y and D; see `Covariance.guided`."""
         curvature = posterior.curvature
         if curvature is None:
             raise CapabilityError("The covariance Spectral needs a prior with a curvature.")
         denoised = posterior.denoise(z, sigma)
 
-        def gain(linear: LinearGaussian, d: Tensor) -> Tensor:
-            return linear.correction(
-                linear.residual(d), curvature, sigma, atol=self.atol, max_iterations=self.max_iterations
-            )
+        def gain(linear: LinearGaussian, d: Tensor, x: Tensor | None = None) -> Tensor:
+            r = linear.residual(d)
+            return linear.correction(r, curvature, sigma, start=x, atol=self.atol, max_iterations=self.max_iterations)
 
-        return denoised + posterior.linear_rows(denoised, gain), denoised
+        guess = () if start is None else (start,)
+        return denoised + posterior.linear_rows(denoised, gain, *guess), denoised
 
 
 @final
@@ -148,7 +165,13 @@ class Isotropic(Covariance):
         """One."""
         return 1
 
-    def guided(self, posterior: Posterior, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def guided(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        sigma: float,
+        start: Tensor | None = None,  # noqa: ARG002 the contract's
+    ) -> tuple[Tensor, Tensor]:
         """D_y and D; see `Covariance.guided`."""
         r2 = sigma**2 * self.prior_std**2 / (sigma**2 + self.prior_std**2)
 
@@ -208,13 +231,20 @@ class PiGDM(Annealed):
         forward = self.integrator.evaluations * self.steps - (self.integrator.evaluations - 1)
         return Cost(forward, forward * self.covariance.backward())
 
-    def step(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> tuple[AnnealedState, Info]:
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> GuidedState:
+        """Gaussian noise at the first level."""
+        return GuidedState(z=super().init(posterior, ensembles, n, noise=noise).z)
+
+    def step(self, posterior: Posterior, state: GuidedState, *, noise: Noise) -> tuple[GuidedState, Info]:
         """One step with the guided denoiser."""
         levels, k = self.levels.of(posterior, self.steps), state.step
         misfits: list[float] = []
+        correction = state.correction
 
         def guided(z: Tensor, sigma: float) -> Tensor:
-            conditional, _ = self.covariance.guided(posterior, z, sigma)
+            nonlocal correction
+            conditional, denoised = self.covariance.guided(posterior, z, sigma, correction)
+            correction = conditional - denoised
             misfits.append(posterior.misfit(conditional))
             return conditional
 
@@ -227,7 +257,8 @@ class PiGDM(Annealed):
             sigma_previous=levels[k - 1] if k else None,
             normal=noise.like,
         )
-        return AnnealedState(z=z, step=k + 1, memory=memory), Info(sigma=levels[k + 1], misfit=misfits[0])
+        new = GuidedState(z=z, step=k + 1, memory=memory, correction=correction)
+        return new, Info(sigma=levels[k + 1], misfit=misfits[0])
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the particles at sigma = 0."""
