@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import sqrt
+from math import log, pi, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -188,24 +188,70 @@ class LinearGaussian:
         sphere = Sphere(self.operator.in_shape)
         return self.correction(r, sphere, sqrt(variance), atol=atol, max_iterations=max_iterations)
 
+    def information(self, v: Tensor, extra: float = 0.0) -> Tensor:
+        """A^T (R + extra A A^T)^{-1} A v: curvature of the likelihood of a measurement with more noise in it.
+
+        Where there is no closed form, A A^T is replaced by its bound ||A||^2, as on the path `potential.Noised`.
+
+        Parameters
+        ----------
+        v
+            Events (n, *shape).
+        extra
+            kappa sigma^2, latent units squared.
+        """
+        A, w = self.operator, self.operator(v)
+        if extra and self.has_svd and A.svd is not None:
+            R = (self.noise_std**2).to(v)
+            return A.adjoint(A.svd.outer(lambda s2: 1.0 / (R + extra * s2), w))
+        return A.adjoint(w / (self.noise_std**2 + (extra * self.norm() ** 2 if extra else 0.0)).to(v))
+
+    def information_diagonal(self, curvature: Curvature, extra: float = 0.0, probes: int = 16) -> Tensor:
+        """Diagonal of `information` in the curvature's basis, by random signs (Bekas et al. 2007); not negative."""
+        A, like = self.operator, self.measurement
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (probes, *A.in_shape), generator=generator) * 2 - 1
+        v = signs.to(device=like.device, dtype=like.dtype)
+        V, W = curvature.to_basis(v), curvature.to_basis(self.information(v, extra))
+        power = (V.abs() ** 2).sum(0)
+        diagonal = (W * V.conj()).real.sum(0) / power.clamp_min(1e-6 * float(power.max()))
+        return diagonal.clamp_min(0.0)
+
+    def log_evidence(self, center: Tensor, variance: float, extra: float = 0.0) -> Tensor | None:
+        """Log N(y; A center, R + (extra + variance) A A^T), float64, one value a measurement.
+
+        It is the evidence of a prior N(center, variance * identity), center (*shape), under the likelihood whose
+        curvature is `information`; None where it needs a determinant of more than 2048 measured values without an SVD.
+        """
+        A = self.operator
+        r = self.residual(center[None]).double()
+        size = prod(A.out_shape)
+        if self.has_svd and A.svd is not None:
+            R, c = self.noise_std.double() ** 2, variance + extra
+            s2 = A.svd.singular_values.double().to(R.device) ** 2
+            log_det = size * R.log() + torch.log1p(c / R * s2).sum()
+            w = A.svd.outer(lambda t: 1.0 / (R + c * t), r)
+        elif size <= 2048:
+            basis = torch.eye(size, dtype=self.measurement.dtype, device=r.device).reshape(size, *A.out_shape)
+            gram = A(A.adjoint(basis)).reshape(size, size).double()
+            noise = torch.broadcast_to(self.noise_std.double() ** 2, A.out_shape).flatten() + extra * self.norm() ** 2
+            L = torch.linalg.cholesky(0.5 * variance * (gram + gram.mT) + noise.diag())
+            log_det = 2.0 * L.diagonal().log().sum()
+            w = torch.cholesky_solve(r.reshape(len(r), size).mT, L).mT.reshape(r.shape)
+        else:
+            return None
+        return -0.5 * ((r * w).flatten(1).sum(1) + log_det + size * log(2.0 * pi))
+
     def norm(self) -> float:
         """Largest singular value of A; worked out once."""
         if None not in self.tables:
             self.tables[None] = torch.tensor(self.operator.norm(), dtype=torch.float64)
         return float(self.tables[None])
 
-    def _gram_diagonal(self, curvature: Curvature, probes: int = 16) -> Tensor:
-        """Diagonal of A^T R^{-1} A in the curvature's basis, by random signs (Bekas et al. 2007); measured once."""
+    def _gram_diagonal(self, curvature: Curvature) -> Tensor:
+        """Diagonal of A^T R^{-1} A in the curvature's basis; measured once."""
         if curvature not in self.tables:
-            A, like = self.operator, self.measurement
-            generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(0, 2, (probes, *A.in_shape), generator=generator) * 2 - 1
-            v = signs.to(device=like.device, dtype=like.dtype)
-            w = A.adjoint(A(v) / (self.noise_std**2).to(like.dtype))
-            V, W = curvature.to_basis(v), curvature.to_basis(w)
-            power = (V.abs() ** 2).sum(0)
-            diagonal = (W * V.conj()).real.sum(0) / power.clamp_min(1e-6 * float(power.max()))
-            self.tables[curvature] = diagonal.clamp_min(0.0)
+            self.tables[curvature] = self.information_diagonal(curvature)
         return self.tables[curvature]
 
 

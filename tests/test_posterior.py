@@ -443,6 +443,11 @@ RUNS = {
     "dps": (samplers.DPS(steps=6, scale=0.01), mixture_prior),
     "daps": (samplers.DAPS(steps=5, inner=samplers.Langevin(steps=5)), mixture_prior),
     "daps-exact": (samplers.DAPS(steps=5, inner=samplers.ExactInner()), mixture_prior),
+    "transport-langevin": (samplers.TransportLangevin(steps=3, refreshes=2), field_prior),
+    "transport-langevin-weighted": (
+        samplers.TransportLangevin(steps=3, refreshes=1, resampling=samplers.Systematic()),
+        mixture_prior,
+    ),
     "split-gibbs": (samplers.SplitGibbs(steps=5, prior_steps=2), mixture_prior),
     "ula": (samplers.ULA(steps=6), mixture_prior),
     "ddrm": (samplers.DDRM(steps=6), mixture_prior),

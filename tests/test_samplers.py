@@ -30,6 +30,7 @@ ENTRIES = {
     samplers.PiGDM: (samplers.PiGDM(steps=40), 0.25, (0.85, 1.15)),
     samplers.DAPS: (samplers.DAPS(steps=40, inner=samplers.ExactInner()), 0.35, (0.85, 1.25)),
     samplers.DPS: (samplers.DPS(steps=40, scale=0.005), 0.5, (0.6, 1.15)),
+    samplers.TransportLangevin: (samplers.TransportLangevin(steps=20), 0.25, (0.85, 1.15)),
     samplers.SplitGibbs: (samplers.SplitGibbs(steps=100), 0.25, (0.85, 1.2)),
     samplers.ULA: (samplers.ULA(steps=200, sigma=0.3), 0.25, (0.85, 1.2)),
     samplers.DDRM: (samplers.DDRM(steps=40), 0.5, (0.35, 0.95)),

@@ -32,6 +32,7 @@ from invdiff.samplers import (
     DiffPIR,
     ExactInner,
     Isotropic,
+    Jacobian,
     Langevin,
     Levels,
     PiGDM,
@@ -39,6 +40,7 @@ from invdiff.samplers import (
     Sampler,
     Spectral,
     SplitGibbs,
+    TransportLangevin,
 )
 from invdiff.solve import solve
 
@@ -108,6 +110,15 @@ def _pigdm_isotropic(prior_std: float = 1.0, integrator: str = "DPMSolver2M", rh
     )
 
 
+def _pigdm_jacobian(max_iterations: int = 3, integrator: str = "Ancestral", rho: float = 7.0) -> Sampler:
+    return PiGDM(
+        steps=EVALUATIONS,
+        covariance=Jacobian(max_iterations=max_iterations),
+        integrator=_INTEGRATORS[integrator](),
+        levels=Levels(rho=rho),
+    )
+
+
 def _dps(scale: float = 1.0, sigma_min: float | None = None) -> Sampler:
     return DPS(steps=EVALUATIONS, scale=scale, levels=Levels(sigma_min=sigma_min))
 
@@ -142,6 +153,16 @@ def _split_gibbs(prior_steps: int = 1, **levels: float) -> Sampler:
     return SplitGibbs(steps=EVALUATIONS // prior_steps, prior_steps=prior_steps, levels=replace(default, **levels))
 
 
+def _transport(refreshes: int = 4, step_size: float = 0.8, floor: float | None = None, rho: float = -4.0) -> Sampler:
+    return TransportLangevin(
+        steps=EVALUATIONS // (1 + refreshes),
+        refreshes=refreshes,
+        step_size=step_size,
+        floor=floor,
+        levels=Levels(rho=rho),
+    )
+
+
 def _ula(rate: float = 1.0, sigma: float | None = None) -> Sampler:
     return ULA(steps=EVALUATIONS, rate=rate, sigma=sigma)
 
@@ -156,6 +177,12 @@ CONTENDERS: tuple[Contender, ...] = (
         name="PiGDM, Spectral",
         make=_pigdm,
         ranges={"integrator": list(_INTEGRATORS), "sigma_min": _LOW, "rho": _RHO},
+    ),
+    Contender(
+        name="PiGDM, Jacobian",
+        gradient=True,
+        make=_pigdm_jacobian,
+        ranges={"max_iterations": [1, 2, 3, 4, 5], "integrator": list(_INTEGRATORS), "rho": _RHO},
     ),
     Contender(
         name="PiGDM, Isotropic",
@@ -173,6 +200,16 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(name="DDNM", make=_ddnm, ranges={"eta": [0.0, *_SHARE], "sigma_min": _LOW, "rho": _RHO}),
     Contender(name="DiffPIR", make=_diffpir, ranges={"lam": (0.1, 30.0), "zeta": _SHARE, "rho": _RHO}),
     Contender(name="RED-diff", make=_red_diff, ranges={"lam": (0.01, 2.0), "lr": (0.005, 0.3), "rho": _RHO}),
+    Contender(
+        name="TransportLangevin",
+        make=_transport,
+        ranges={
+            "refreshes": [1, 2, 4],
+            "step_size": [0.4, 0.6, 0.8, 1.0],
+            "floor": [0.3, 0.5, 1.0],
+            "rho": [-4.0, 7.0],
+        },
+    ),
     Contender(
         name="SplitGibbs",
         make=_split_gibbs,

@@ -45,6 +45,8 @@ from invdiff.samplers import (
     Sampler,
     Spectral,
     SplitGibbs,
+    Systematic,
+    TransportLangevin,
 )
 from invdiff.solve import solve
 
@@ -65,6 +67,12 @@ def ours(*, quick: bool) -> list[tuple[str, Sampler, tuple[int, ...]]]:
         ("DAPS, Langevin", DAPS(), (5,) if quick else (25, 100)),
         ("DAPS, ExactInner", DAPS(inner=ExactInner()), few[:1] if quick else (25, 100, 400)),
         ("DAPS, ExactInner, ode_steps 5", DAPS(inner=ExactInner(), ode_steps=5), few[:1] if quick else (100, 400)),
+        ("TransportLangevin, 4 refreshes", TransportLangevin(), (4,) if quick else (6, 20, 60)),
+        (
+            "TransportLangevin, 4 refreshes, resampled",
+            TransportLangevin(resampling=Systematic()),
+            (4,) if quick else (20, 60),
+        ),
         ("SplitGibbs", SplitGibbs(), few if quick else (10, 30, 100, 400)),
         ("SplitGibbs, prior_steps 4", SplitGibbs(prior_steps=4), few[:1] if quick else (25, 100)),
         ("DDRM", DDRM(), few[:1] if quick else (20, 100)),

@@ -9,9 +9,11 @@ from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
+from invdiff.samplers.particles import Resampling, Residual, Stratified, Systematic
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.red_diff import REDDiff
 from invdiff.samplers.split_gibbs import SplitGibbs
+from invdiff.samplers.transport_langevin import TransportLangevin
 from invdiff.samplers.ula import ULA
 
 __all__ = [
@@ -29,7 +31,12 @@ __all__ = [
     "Levels",
     "PiGDM",
     "REDDiff",
+    "Resampling",
+    "Residual",
     "Sampler",
     "Spectral",
     "SplitGibbs",
+    "Stratified",
+    "Systematic",
+    "TransportLangevin",
 ]

@@ -1,0 +1,285 @@
+r"""Transport along the probability flow with weights, and preconditioned Langevin refreshes: this library's own.
+
+Particles walk down levels sigma_0 > ... > sigma_{K-1} > 0 through the laws pi_sigma ~ p_sigma(z) exp(f_sigma(z)), with
+p_sigma the noised prior and f_sigma a path from little to f_0 = log p(y | z); for linear-Gaussian problems the noised
+likelihood f_sigma = log N(y; A z, R + sigma^2 A A^T). At each level
+
+    1. ``refreshes`` times:  z <- z + e P (s + grad f_sigma) + sqrt(2 e P) (xi_j + xi_{j+1}) / 2,
+       with the score s = (D(z, sigma) - z) / sigma^2
+    2. transport to the next level along dz / dsigma = -sigma s:  z' = z - t (z - D(z, sigma)),
+       log w <- log w + f_{sigma'}(z') - f_sigma(z)
+    3. with `resampling`: where the effective sample size is below `threshold`, ancestors are drawn by w.
+
+2 is exact for any f: the flow carries p_sigma to p_sigma', so the weight that carries pi_sigma to pi_sigma' is exp(f' -
+f), without a derivative. 1 steps along a diffusion that leaves pi_sigma as it is, by the scheme of Leimkuhler &
+Matthews 2013, whose noise xi is carried from step to step, from level to level, and with the ancestors: on a Gaussian
+its stationary law is exact for every stable step, and elsewhere its bias is of second order in e, where that of plain
+Langevin is of first. P and e come from the curvatures of prior and path (`invdiff.samplers.preconditioner`).
+
+t is diagonal in the basis of the prior's curvature h: t = (1 - r^2) / (1 + sqrt(1 - (sigma^2 - sigma'^2) h)) with r =
+sigma' / sigma, which follows the flow exactly if the prior is Gaussian, and without curvature Euler's t = 1 - r. The
+last step is a transport from sigma_{K-1} to 0. The start is an exact draw of N(m, sigma_0^2) exp(f) on the noised path;
+there log p(y) begins with that Gaussian's own evidence, and is not given where its determinant would be too large.
+
+Sequential Monte Carlo along an annealed path with moves is Del Moral, Doucet & Jasra 2006; weighted reverse diffusions
+are Wu et al. 2023 (arXiv 2306.17775) and Skreta et al. 2025 (arXiv 2503.02819), which move by the reverse SDE.
+
+With `resampling` it is exact as particles and levels grow and, where the posterior is not Gaussian, as e falls; draws
+are weighted, and the evidence is estimated. Without (the default: a few draws of a picture cannot carry weights, whose
+logarithms spread as the measured values grow) draws have equal weight, and the refresh alone makes their law: right on
+one mode, but modes that have parted keep the weight that the transport gave them, wrong by 0.2 in total variation
+below, and the evidence, a sum over levels of log mean exp(f' - f), is then wrong by nats. Few particles bias it
+downwards at any rate; see `Info.ess` for how few they are.
+
+Measured on the three Gaussian fields of `invdiff.diagnostics.exactness` (inpainting, blur, down-sampling; noise 0.05;
+400 draws; 1 and 1 are exact, a mean error of 1 floor is what 400 exact draws have), by levels x refreshes:
+
+    weights     evaluations    mean error, floors   variance / posterior's   whitened norm         log evidence off
+    none         6 x 4 =  30    3.3   1.0   1.0     1.02   1.00   1.01       1.02   1.00   1.01    -70    -25    -12
+    none        20 x 4 = 100    0.9   0.9   0.9     1.00   0.99   1.00       1.01   0.99   1.00    -1.8   -1.3   -0.4
+    none        60 x 4 = 300    1.0   1.1   1.0     1.00   0.99   1.00       1.00   0.99   1.00    -0.4   -0.6   -0.0
+    Systematic  20 x 4 = 100    0.9   0.9   0.9     1.01   0.99   1.00       1.01   0.99   1.00    -0.4   -1.3   -0.4
+    Systematic  60 x 4 = 300    1.0   1.1   1.0     1.00   0.99   1.01       1.00   0.99   1.01    +0.0   -0.6   -0.0
+
+On Gaussian mixtures of 4, 4 and 5 components in d = 2, 4 and 8 dimensions, 1, 2 and 4 measured values, noise 0.3, 4
+ensembles of 4096 particles, 24 x 4 = 120 evaluations: sliced Wasserstein distance to as many exact draws (two sets of
+exact draws have 0.025, 0.030, 0.029), root-mean-square error of the log evidence, and of the modes' weights:
+
+    weights     sliced W2                log evidence          modes, total variation
+    none        1.36    1.44    0.45     1.4    1.3    1.6     0.20     0.26     0.21
+    Systematic  0.021   0.032   0.036    0.10   0.05   0.31    0.003    0.000    0.001
+
+What is left of the evidence's error is Euler's: with `Heun` (143 evaluations) it is 0.04 and 0.09 for d = 2 and 8.
+
+On one 64 x 64 photograph with the prior photos-64, 30 % of its pixels seen, unweighted, the defaults were stable: the
+mean of two draws has 21.3 dB and the draws a reduced chi-square of 1.10 at 100 evaluations (20 levels), 22.5 dB and
+1.13 at 300. Weights were not tried on pictures.
+
+Cost: 1 + ``refreshes`` forward passes a level, none backward (one more a level but the last with `Heun`); and operator
+applications.
+"""
+
+from dataclasses import dataclass, field, replace
+from math import nan, sqrt
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from invdiff.draws import Draws
+from invdiff.driver import Cost, Info, Sampler
+from invdiff.errors import InputError
+from invdiff.integrators import Euler, Integrator
+from invdiff.linear_gaussian import LinearGaussian
+from invdiff.noise import Noise
+from invdiff.posterior import Posterior
+from invdiff.potential import Noised, Path, Tempered
+from invdiff.samplers.annealing import Levels, check_steps
+from invdiff.samplers.inner import check_slope, smoothing
+from invdiff.samplers.particles import Resampling, Weighted, check_threshold
+from invdiff.samplers.preconditioner import STABLE, Information, precondition
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportState(Weighted):
+    """Weighted particles at a noise level, and the noise of the last refresh, which the next one takes up."""
+
+    carried: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TransportLangevin(Sampler):
+    """Transport along the probability flow, weights, and preconditioned Langevin refreshes.
+
+    Parameters
+    ----------
+    steps
+        Noise levels.
+    refreshes
+        Langevin steps at each level.
+    step_size
+        e, in (0, 1.6], in units of the inverse of the modelled curvature; made smaller where e times the largest
+        curvature would exceed 1.6.
+    resampling
+        Systematic(), Stratified() or Residual() for weighted particles; None for draws of equal weight.
+    threshold
+        Share of the particles below which the effective sample size of an ensemble makes it resample; in [0, 1].
+    path
+        How the likelihood is tempered: Noised() for linear-Gaussian problems, also if None, or Tempered(scale=...).
+    integrator
+        One-step transport from level to level; if None, the exponential one where the prior has a curvature, else
+        Euler. The memory of multistep methods does not outlive a refresh: they fall back to their first order.
+    floor
+        c in [0, 1]: the prior's curvature is taken as at least c / sigma^2. If None, 0 where it is exact and 0.5 else.
+    slope
+        Bound on the norm of the operator's derivative dA/dz, latent units, for problems that are not linear.
+    levels
+        Noise levels. If their sigma_min is None, a thirtieth of noise_std / ||A||, kept within the prior's sigma_min
+        and a thousandth of its sigma_max.
+    """
+
+    steps: int = 60
+    refreshes: int = 4
+    step_size: float = 0.8
+    resampling: Resampling | None = None
+    threshold: float = 0.5
+    path: Path | None = None
+    integrator: Integrator | None = None
+    floor: float | None = None
+    slope: float | None = None
+    levels: Levels = field(default_factory=lambda: Levels(rho=-4.0))
+
+    citation: ClassVar[str] = (
+        "@article{leimkuhler2013, title={Rational Construction of Stochastic Numerical Methods for Molecular "
+        "Sampling}, author={Leimkuhler, Benedict and Matthews, Charles}, "
+        "journal={Applied Mathematics Research eXpress}, volume={2013}, number={1}, pages={34--56}, year={2013}}\n"
+        "@article{delmoral2006, title={Sequential {Monte Carlo} Samplers}, "
+        "author={Del Moral, Pierre and Doucet, Arnaud and Jasra, Ajay}, "
+        "journal={Journal of the Royal Statistical Society B}, volume={68}, number={3}, pages={411--436}, year={2006}}"
+    )
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        check_slope(self.slope)
+        check_threshold(self.threshold)
+        if self.refreshes < 1:
+            raise InputError(f"TransportLangevin needs at least one refresh a level, got {self.refreshes}.")
+        if not 0.0 < self.step_size <= STABLE:
+            raise InputError(
+                f"step_size lies in (0, {STABLE}] in units of the inverse curvature, since larger steps diverge; got "
+                f"{self.step_size}."
+            )
+        if self.floor is not None and not 0.0 <= self.floor <= 1.0:
+            raise InputError(f"floor is a share of 1 / sigma^2, in [0, 1]; got {self.floor}.")
+
+    @property
+    def exact(self) -> bool:
+        """With weights, as particles and levels grow; without them modes keep the weight that the transport gave."""
+        return self.resampling is not None
+
+    def requires(self) -> frozenset[str]:
+        """Return a denoiser and a gradient; and a linear problem, unless a tempering and a slope are given."""
+        known = isinstance(self.path, Tempered) and self.slope is not None
+        return frozenset({"denoiser", "likelihood_gradient"} | (set() if known else {"linear"}))
+
+    def cost(self) -> Cost:
+        """One evaluation a refresh, and those of the transport."""
+        transport = 1 if self.integrator is None else self.integrator.evaluations
+        return Cost(self.steps * (transport + self.refreshes) - (transport - 1))
+
+    def ladder(self, posterior: Posterior) -> tuple[float, ...]:
+        """Return ``steps`` falling noise levels, latent units, then 0.
+
+        Raises
+        ------
+        InputError
+            If they do not lie within the prior's.
+        """
+        low = smoothing(posterior, self.slope, 1.0 / 30.0) if self.levels.sigma_min is None else self.levels.sigma_min
+        return replace(self.levels, sigma_min=low).of(posterior, self.steps)
+
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TransportState:
+        """Draw from N(mean, sigma_max^2) exp(f): exactly on the noised path, by weights log f on others."""
+        sigma, path, center = self.ladder(posterior)[0], self._path, posterior.noised_mean()
+        z = center.expand(ensembles, n, *posterior.shape)
+        z = z + sigma * noise.like(z)
+        linear, log_weights, evidence = posterior.linear, None, None
+        if isinstance(path, Noised) and linear is not None:
+            z = _tilted(linear, linear.rows(posterior.rows(z)), z, sigma, path.kappa * sigma**2, noise)
+            evidence = linear.log_evidence(center, sigma**2, path.kappa * sigma**2)
+        else:
+            log_weights = posterior.potential(sigma, path)(z)[0]
+        state = TransportState.begin(z, log_weights, carried=noise.like(z))
+        if evidence is not None:
+            state = replace(state, log_evidence=evidence.repeat_interleave(ensembles // len(evidence)))
+        elif log_weights is None:
+            state = replace(state, log_evidence=torch.full_like(state.log_evidence, nan))  # a determinant is missing
+        return self._gathered(state, noise)
+
+    def done(self, state: TransportState) -> bool:
+        """All levels walked."""
+        return state.step >= self.steps
+
+    def progress(self, state: TransportState) -> float:
+        """Share of the levels walked."""
+        return state.step / self.steps
+
+    def step(self, posterior: Posterior, state: TransportState, *, noise: Noise) -> tuple[TransportState, Info]:
+        """Refresh the particles at their level, carry them to the next, weight them, and resample."""
+        levels, k = self.ladder(posterior), state.step
+        sigma, after = levels[k], levels[k + 1]
+        potential = posterior.potential(sigma, self._path)
+        information = Information.along(posterior, self._path, sigma, self.slope)
+        preconditioner = precondition(posterior, information, sigma, self.step_size, self.floor)
+        z, carried = state.z, state.carried
+        for _ in range(self.refreshes):
+            grad = (posterior.denoise(z, sigma) - z) / sigma**2 + potential(z)[1]
+            fresh = noise.like(z)
+            shared = 0.5 * (carried + fresh)
+            z = preconditioner.refresh(z.flatten(0, 1), grad.flatten(0, 1), shared.flatten(0, 1)).reshape(z.shape)
+            carried = fresh
+        moved, denoised = self._transported(posterior, z, sigma, after, noise)
+        increment = posterior.potential(after, self._path)(moved)[0] - potential(z)[0]
+        new = replace(state, z=moved, carried=carried, step=k + 1)
+        new = new.reweighted(increment, f" at step {k + 1}, sigma {after:.4g}")
+        info = Info(sigma=after, misfit=posterior.misfit(denoised), ess=new.ess)
+        # The last weights stay with the draws.
+        return new if after == 0.0 and self.resampling is not None else self._gathered(new, noise), info
+
+    def finish(self, posterior: Posterior, state: TransportState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+        """Return the particles at sigma = 0, with their weights and the evidence where they are known."""
+        evidence = state.evidence
+        return Draws(
+            z=state.z,
+            log_weights=None if self.resampling is None else state.log_weights,
+            log_evidence=None if bool(evidence.isnan().any()) else evidence,
+        )
+
+    # Within.
+
+    @property
+    def _path(self) -> Path:
+        return Noised() if self.path is None else self.path
+
+    def _gathered(self, state: TransportState, noise: Noise) -> TransportState:
+        """Resample where it is due; without resampling, drop the weights but for their mean."""
+        if self.resampling is not None:
+            return state.resampled(self.resampling, noise, self.threshold)
+        return replace(state, log_weights=torch.zeros_like(state.log_weights), log_evidence=state.evidence)
+
+    def _transported(
+        self, posterior: Posterior, z: Tensor, sigma: float, after: float, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """States at the next level, and D(z, sigma)."""
+        seen: list[Tensor] = []
+
+        def denoise(z: Tensor, sigma: float) -> Tensor:
+            seen.append(posterior.denoise(z, sigma))
+            return seen[-1]
+
+        curvature = posterior.curvature
+        if self.integrator is not None or curvature is None:
+            stepper = Euler() if self.integrator is None else self.integrator
+            moved, _ = stepper.step(denoise, z, sigma, after, memory=None, sigma_previous=None, normal=noise.like)
+            return moved, seen[0]
+        residual = (z - denoise(z, sigma)).flatten(0, 1)
+        h = curvature.precision(sigma).to(residual)
+        shrunk = torch.sqrt((1.0 - (sigma**2 - after**2) * h).clamp_min(0.0))
+        share = (1.0 - (after / sigma) ** 2) / (1.0 + shrunk)
+        return z - curvature.from_basis(share * curvature.to_basis(residual)).reshape(z.shape), seen[0]
+
+
+def _tilted(
+    linear: LinearGaussian, rows: LinearGaussian, z: Tensor, sigma: float, extra: float, noise: Noise
+) -> Tensor:
+    """Draw of N(m, sigma^2) N(y; A z, R + extra A A^T) from z ~ N(m, sigma^2), by perturbation and solution."""
+    x, A = z.flatten(0, 1), linear.operator
+    eps = noise.normal(noise.slots, A.out_shape).to(x.dtype)
+    if linear.has_svd:
+        other = sqrt(extra) * noise.like(z).flatten(0, 1)
+        r = rows.residual(x) - rows.noise_std.to(x.dtype) * eps - A(other)
+        return (x + sigma**2 * A.adjoint(rows.solve(r, sigma**2 + extra))).reshape(z.shape)
+    noised = replace(rows, noise_std=torch.sqrt(rows.noise_std**2 + extra * linear.norm() ** 2), tables={})
+    r = noised.residual(x) - noised.noise_std.to(x.dtype) * eps
+    return (x + noised.gain(r, sigma**2)).reshape(z.shape)
