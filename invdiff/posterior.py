@@ -278,10 +278,10 @@ class Posterior:
             self.evaluations.denoiser -= 1  # no particle's evaluation: a run costs what Sampler.cost says
         return self._mean
 
-    def start(self, ensembles: int, n: int, noise: Noise) -> Tensor:
-        """First noisy state, N(mean, sigma_max^2), of shape (ensembles, n, *shape)."""
+    def start(self, ensembles: int, n: int, noise: Noise, sigma: float | None = None) -> Tensor:
+        """First noisy state, N(mean, sigma^2), of shape (ensembles, n, *shape); sigma_max if sigma is None."""
         shape = (ensembles, n, *self.shape)
-        return self.noised_mean() + self.sigma_max * noise.like(
+        return self.noised_mean() + (self.sigma_max if sigma is None else sigma) * noise.like(
             torch.empty(shape, dtype=self.dtype, device=self.device)
         )
 

@@ -67,8 +67,9 @@ def test_the_measurement_follows_task_and_picture_alone():
 
 def test_every_sampler_takes_part():
     made = {type(c.make(**trial(c, 0))) for c in CONTENDERS if c.make is not None}
-    # 16 particles of the prior say nothing about a picture.
-    assert made == set(sampler_classes().values()) - {samplers.ImportanceSampling}
+    # 16 particles cannot carry weights on a picture.
+    weighted = {samplers.ImportanceSampling, samplers.TDS, samplers.FKSteering}
+    assert made == set(sampler_classes().values()) - weighted
     assert {c.peer for c in CONTENDERS if c.library == "deepinv"} == {"DPS", "DDRM", "DiffPIR", "PosteriorDiffusion"}
 
 

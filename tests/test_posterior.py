@@ -443,6 +443,8 @@ RUNS = {
     "dps": (samplers.DPS(steps=6, scale=0.01), mixture_prior),
     "daps": (samplers.DAPS(steps=5, inner=samplers.Langevin(steps=5)), mixture_prior),
     "daps-exact": (samplers.DAPS(steps=5, inner=samplers.ExactInner()), mixture_prior),
+    "tds": (samplers.TDS(steps=6), mixture_prior),
+    "fk-steering": (samplers.FKSteering(steps=6), mixture_prior),
     "transport-langevin": (samplers.TransportLangevin(steps=3, refreshes=2), field_prior),
     "transport-langevin-weighted": (
         samplers.TransportLangevin(steps=3, refreshes=1, resampling=samplers.Systematic()),

@@ -14,6 +14,7 @@ import invdiff
 from invdiff import likelihoods, operators, samplers
 from invdiff.driver import Cost, Sampler
 from invdiff.errors import CapabilityError, CatalogueError, InputError
+from invdiff.noise import Noise
 from invdiff.operators.base import Operator
 from invdiff.posterior import Posterior
 from invdiff.priors import FieldPrior, GaussianPrior
@@ -30,6 +31,8 @@ ENTRIES = {
     samplers.PiGDM: (samplers.PiGDM(steps=40), 0.25, (0.85, 1.15)),
     samplers.DAPS: (samplers.DAPS(steps=40, inner=samplers.ExactInner()), 0.35, (0.85, 1.25)),
     samplers.DPS: (samplers.DPS(steps=40, scale=0.005), 0.5, (0.6, 1.15)),
+    samplers.TDS: (samplers.TDS(steps=100), 0.35, (0.8, 1.15)),
+    samplers.FKSteering: (samplers.FKSteering(steps=100), 0.5, (0.7, 1.25)),
     samplers.TransportLangevin: (samplers.TransportLangevin(steps=20), 0.25, (0.85, 1.15)),
     samplers.SplitGibbs: (samplers.SplitGibbs(steps=100), 0.25, (0.85, 1.2)),
     samplers.ULA: (samplers.ULA(steps=200, sigma=0.3), 0.25, (0.85, 1.2)),
@@ -103,6 +106,14 @@ def test_every_sampler_keeps_the_contract(name):
         assert levels[-1] == 0.0
     assert sampler.cost().forward == solution.about["evaluations_per_draw"]
     assert sampler.cost().backward >= solution.about["backward_evaluations_per_draw"]
+
+
+def test_a_lower_first_level_is_where_the_run_starts():
+    sampler = samplers.PiGDM(steps=3, levels=samplers.Levels(sigma_max=2.0))
+    posterior = Posterior(problem(), field(), dtype=F64)
+    z = sampler.init(posterior, 1, 500, noise=Noise([1], 500, dtype=F64)).z
+    # 8000 independent values about the prior's mean: four standard errors of their deviation.
+    assert float((z - posterior.noised_mean()).std()) == pytest.approx(2.0, rel=4.0 / math.sqrt(2 * 8000))
 
 
 def test_the_list_of_samplers_is_what_the_package_exports():
@@ -247,7 +258,7 @@ def test_requirement_errors_name_samplers_that_can():
 def test_daps_without_a_slope_is_refused_before_the_run():
     bent = Problem(likelihoods.Gaussian(Bend(SHAPE, SHAPE), normal(*SHAPE), 0.5))
     seen = []
-    with pytest.raises(CapabilityError, match="Samplers that can: DPS, ImportanceSampling"):
+    with pytest.raises(CapabilityError, match="Samplers that can: DPS, FKSteering, ImportanceSampling"):
         invdiff.solve(bent, field(), samplers.DAPS(), callback=lambda *a: seen.append(a))
     assert not seen
     with_slope = samplers.DAPS(steps=5, inner=samplers.Langevin(steps=5, slope=1.3))

@@ -7,12 +7,14 @@ from invdiff.samplers.ddnm import DDNM
 from invdiff.samplers.ddrm import DDRM
 from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.dps import DPS
+from invdiff.samplers.fk_steering import FKSteering
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
 from invdiff.samplers.particles import Resampling, Residual, Stratified, Systematic
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.red_diff import REDDiff
 from invdiff.samplers.split_gibbs import SplitGibbs
+from invdiff.samplers.tds import TDS
 from invdiff.samplers.transport_langevin import TransportLangevin
 from invdiff.samplers.ula import ULA
 
@@ -21,9 +23,11 @@ __all__ = [
     "DDNM",
     "DDRM",
     "DPS",
+    "TDS",
     "ULA",
     "DiffPIR",
     "ExactInner",
+    "FKSteering",
     "ImportanceSampling",
     "Isotropic",
     "Jacobian",

@@ -62,8 +62,8 @@ class Annealed(Sampler, ABC):
 
     def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnnealedState:
         """Gaussian noise at the first level."""
-        self.levels.of(posterior, self.steps)  # levels that do not fit the prior are refused here
-        return AnnealedState(z=posterior.start(ensembles, n, noise))
+        first = self.levels.of(posterior, self.steps)[0]  # levels that do not fit the prior are refused here
+        return AnnealedState(z=posterior.start(ensembles, n, noise, first))
 
     def done(self, state: AnnealedState) -> bool:
         """All levels walked."""
