@@ -34,9 +34,11 @@ from invdiff.samplers import (
     DDNM,
     DDRM,
     DPS,
+    TDS,
     ULA,
     DiffPIR,
     ExactInner,
+    FKSteering,
     ImportanceSampling,
     Isotropic,
     Jacobian,
@@ -164,8 +166,15 @@ def collect(*, quick: bool) -> dict[str, Any]:
     plane = plane_problem()
     found = measure(plane.exact.sample(CHAINS * draws, seed=SEED), plane.exact)
     add(row(plane, "", exact, "", None, found, evaluations=0.0, backward=0.0))
-    for steps in (30,) if quick else (10, 30, 90):
-        add(run_ours(plane, "ImportanceSampling", ImportanceSampling(), steps, draws=draws, chains=CHAINS))
+    weighted: list[tuple[str, Sampler, tuple[int, ...]]] = [
+        ("ImportanceSampling", ImportanceSampling(), (10, 30, 90)),
+        ("TDS", TDS(), (30, 90, 270)),
+        ("FKSteering", FKSteering(), (30, 90, 270)),
+        ("TransportLangevin, 4 refreshes, resampled", TransportLangevin(resampling=Systematic()), (6, 20, 60)),
+    ]
+    for label, sampler, counts in weighted:
+        for steps in counts[:1] if quick else counts:
+            add(run_ours(plane, label, sampler, steps, draws=draws, chains=CHAINS))
     return {
         "benchmark": "exactness",
         "quick": quick,
