@@ -10,8 +10,8 @@ from torch import Tensor
 from invdiff.likelihoods import Gaussian, Likelihood
 from invdiff.operators.base import LinearOperator, Operator
 from invdiff.operators.composition import Affine, LinearComposition
-from invdiff.operators.solvers import conjugate_gradient
-from invdiff.priors.base import Curvature
+from invdiff.operators.solvers import Graphs, conjugate_gradient
+from invdiff.priors.base import Curvature, half_multiplicity
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Sphere(Curvature):
         z: Tensor = torch.fft.irfftn(c, s=[self.shape[a] for a in self._axes], dim=self._axes, norm="ortho")
         return z
 
+    @property
+    def multiplicity(self) -> Tensor:
+        """Two for a coefficient that stands for its conjugate too."""
+        return half_multiplicity(self.shape[-1])
+
     def variance(self, sigma: float) -> Tensor:
         """Return sigma^2."""
         return torch.tensor(sigma**2, dtype=torch.float64)
@@ -59,12 +64,15 @@ class LinearGaussian:
         Scalar or diagonal, measurement's units, float64.
     tables
         What was measured of the operator: its norm (under None), and for `correction` by basis; shared by all `rows`.
+    graphs
+        Iterations of `correction` on a GPU, by basis; shared by all `rows`.
     """
 
     operator: LinearOperator
     measurement: Tensor
     noise_std: Tensor
     tables: dict[Curvature | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    graphs: dict[Curvature, Graphs] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def scalar_variance(self) -> float | None:
@@ -79,7 +87,7 @@ class LinearGaussian:
     def rows(self, index: Tensor) -> "LinearGaussian":
         """Return the problem whose row i holds measurement ``index[i]``."""
         y = self.measurement if len(self.measurement) == 1 else self.measurement[index]
-        return LinearGaussian(self.operator, y, self.noise_std, self.tables)
+        return LinearGaussian(self.operator, y, self.noise_std, self.tables, self.graphs)
 
     def residual(self, z: Tensor) -> Tensor:
         """Y - A z for z of shape (n, *shape)."""
@@ -154,17 +162,29 @@ class LinearGaussian:
         c = curvature.variance(sigma).to(r)
         inverse = 1.0 / c.clamp_min(1e-12 * c.max())  # values that the prior fixes stay fixed
         diagonal = inverse + self._gram_diagonal(curvature).to(r)
+        often = curvature.multiplicity
 
-        def precision(x: Tensor) -> Tensor:
-            return curvature.from_basis(inverse * curvature.to_basis(x)) + A.adjoint(A(x) / variance)
+        # In the curvature's basis, where C is diagonal: two changes of basis an iteration.
+        def precision(x: Tensor, inverse: Tensor, diagonal: Tensor) -> Tensor:  # noqa: ARG001
+            return inverse * x + curvature.to_basis(A.adjoint(A(curvature.from_basis(x)) / variance))
 
-        def precondition(x: Tensor) -> Tensor:
-            return curvature.from_basis(curvature.to_basis(x) / diagonal)
+        def precondition(x: Tensor, inverse: Tensor, diagonal: Tensor) -> Tensor:  # noqa: ARG001
+            return x / diagonal
 
-        b = A.adjoint(r / variance)
-        return conjugate_gradient(
-            precision, b, start=start, precondition=precondition, rtol=0.0, atol=atol, max_iterations=max_iterations
+        x = conjugate_gradient(
+            precision,
+            curvature.to_basis(A.adjoint(r / variance)),
+            inverse,
+            diagonal,
+            start=None if start is None else curvature.to_basis(start),
+            precondition=precondition,
+            multiplicity=None if often is None else often.to(r),
+            rtol=0.0,
+            atol=atol * sqrt(prod(A.in_shape)),
+            max_iterations=max_iterations,
+            graphs=self.graphs.setdefault(curvature, Graphs()),
         )
+        return curvature.from_basis(x)
 
     def gain(self, r: Tensor, variance: float, *, atol: float | None = None, max_iterations: int = 400) -> Tensor:
         """C A^T (R + C A A^T)^{-1} r for a covariance C = variance * identity.

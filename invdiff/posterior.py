@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LINEAR_VALUES = 2**24
+"""Values of one tensor in a linear solution, where a micro-batch has fewer: 64 MiB in float32."""
 
 
 @dataclass
@@ -319,12 +321,15 @@ class Posterior:
         return torch.arange(p, device=z.device).repeat_interleave(m // p)
 
     def linear_rows(self, z: Tensor, function: Callable[..., Tensor], *more: Tensor) -> Tensor:
-        """Apply ``function(linear problem of the rows, rows, rows of more ...)`` by micro-batches; as z in shape."""
+        """Apply ``function(linear problem of the rows, rows, rows of more ...)`` many rows at once; as z in shape."""
         if self._linear is None:
             raise CapabilityError("This problem is not linear with Gaussian noise.")
         flats, rows = [self._flat(t) for t in (z, *more)], self.rows(z)
         self.evaluations.likelihood_grad += len(rows)
-        parts = [function(self._linear.rows(rows[s]), *(t[s] for t in flats)) for s in self._chunks(len(rows))]
+        # A micro-batch bounds the memory of the network, which is far more than what is needed here.
+        together = max(self.micro_batch or len(rows), _LINEAR_VALUES // prod(self.shape))
+        chunks = self._chunks(len(rows), together)
+        parts = [function(self._linear.rows(rows[s]), *(t[s] for t in flats)) for s in chunks]
         return torch.cat(parts).reshape(z.shape)
 
     def potential(self, sigma: float, path: Path) -> LogProbAndGrad:
@@ -503,8 +508,8 @@ class Posterior:
             return float(sigma)
         return sigma.expand(z.shape[: z.ndim - len(self.shape)]).reshape(-1)
 
-    def _chunks(self, m: int) -> "Iterator[slice]":
-        size = self.micro_batch or m
+    def _chunks(self, m: int, size: int | None = None) -> "Iterator[slice]":
+        size = size or self.micro_batch or m
         return (slice(i, min(i + size, m)) for i in range(0, m, size))
 
     def _split(self, x: Tensor) -> Tensor | dict[str, Tensor]:

@@ -289,6 +289,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.side != prior.shape[-1]:
         prior = prior.at((3, options.side, options.side))
     prior = prior.to(options.device)
+    if options.compile:
+        # As `Posterior` has it, so that one compiled network serves all contenders.
+        from torch._functorch import config
+
+        config.donated_buffer = False
     if options.precision != "float32" and torch.device(options.device).type == "cuda":
         prior = prior.to(memory_format=torch.channels_last)  # as `Posterior` has it; for all contenders alike
     if options.command == "tune":

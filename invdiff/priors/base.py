@@ -72,6 +72,15 @@ class MaskedPrior(Protocol):
         ...
 
 
+def half_multiplicity(size: int) -> Tensor:
+    """Return how many coefficients of a real axis of that size each of its rfft stands for, shape (size // 2 + 1,)."""
+    twice = torch.full((size // 2 + 1,), 2.0, dtype=torch.float64)
+    twice[0] = 1.0
+    if size % 2 == 0:
+        twice[-1] = 1.0
+    return twice
+
+
 class Curvature(ABC):
     r"""Error covariance of a denoiser by sigma, diagonal in a fixed orthonormal basis.
 
@@ -81,6 +90,11 @@ class Curvature(ABC):
 
     Subclasses give `to_basis`, `from_basis` and `variance`.
     """
+
+    @property
+    def multiplicity(self) -> Tensor | None:
+        """How many coefficients of the orthonormal basis each one that is stored stands for; None if itself alone."""
+        return None
 
     @abstractmethod
     def to_basis(self, z: Tensor) -> Tensor:

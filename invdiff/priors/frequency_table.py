@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError
-from invdiff.priors.base import Curvature
+from invdiff.priors.base import Curvature, half_multiplicity
 
 KNOTS = tuple(k / 64 for k in (0, 1, 1.5, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45.25))
 """Radial frequencies of the table, cycles a pixel; the last is the corner of the Nyquist square."""
@@ -79,6 +79,11 @@ class FrequencyTable(Curvature):
         self._last: tuple[float, Tensor] | None = None
         self._mixing: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._weights = hat_weights(radial_frequency(*self.shape[1:]), self._knots)
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """Two for a coefficient that stands for its conjugate too."""
+        return half_multiplicity(self.shape[-1])
 
     def at(self, shape: tuple[int, ...]) -> "FrequencyTable":
         """Give the same table for pictures of another size."""
@@ -155,11 +160,7 @@ class FrequencyTable(Curvature):
         power = (total / count).cpu()
         # Averages with the hats as weights stay positive; a least-squares fit of the hats might not. The columns
         # of rfft2 that stand for two coefficients count twice.
-        twice = torch.full((shape[2] // 2 + 1,), 2.0, dtype=torch.float64)
-        twice[0] = 1.0
-        if shape[2] % 2 == 0:
-            twice[-1] = 1.0
-        weights = fourier._weights * twice[None, :, None]
+        weights = fourier._weights * fourier.multiplicity[None, :, None]
         mass = weights.sum((0, 1))
         seen = mass > 0  # a small picture has no coefficient near some knots: these are interpolated
         mean = torch.einsum("schw,hwk->sck", power, weights[..., seen]) / mass[seen]

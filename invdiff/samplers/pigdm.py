@@ -115,8 +115,8 @@ class Spectral(Covariance):
     Parameters
     ----------
     atol
-        Error of the conjugate gradients, in units of the standard deviation of z_0 given z_sigma and y; 1e-3 in
-        float32 and 1e-11 in float64 if None.
+        Error of the conjugate gradients, in units of the standard deviation of z_0 given z_sigma and y. If None, 1e-11
+        in float64, 1e-3 in float32, and 1e-2 where the network runs in half precision, whose rounding is no finer.
     max_iterations
         Bound on their iterations, which cost operator applications only.
     """
@@ -138,9 +138,11 @@ class Spectral(Covariance):
             raise CapabilityError("The covariance Spectral needs a prior with a curvature.")
         denoised = posterior.denoise(z, sigma)
 
+        atol = 1e-2 if self.atol is None and posterior.precision != "float32" else self.atol
+
         def gain(linear: LinearGaussian, d: Tensor, x: Tensor | None = None) -> Tensor:
             r = linear.residual(d)
-            return linear.correction(r, curvature, sigma, start=x, atol=self.atol, max_iterations=self.max_iterations)
+            return linear.correction(r, curvature, sigma, start=x, atol=atol, max_iterations=self.max_iterations)
 
         guess = () if start is None else (start,)
         return denoised + posterior.linear_rows(denoised, gain, *guess), denoised
