@@ -165,10 +165,10 @@ class LinearGaussian:
         often = curvature.multiplicity
 
         # In the curvature's basis, where C is diagonal: two changes of basis an iteration.
-        def precision(x: Tensor, inverse: Tensor, diagonal: Tensor) -> Tensor:  # noqa: ARG001
+        def precision(x: Tensor, inverse: Tensor, diagonal: Tensor, variance: Tensor) -> Tensor:  # noqa: ARG001
             return inverse * x + curvature.to_basis(A.adjoint(A(curvature.from_basis(x)) / variance))
 
-        def precondition(x: Tensor, inverse: Tensor, diagonal: Tensor) -> Tensor:  # noqa: ARG001
+        def precondition(x: Tensor, inverse: Tensor, diagonal: Tensor, variance: Tensor) -> Tensor:  # noqa: ARG001
             return x / diagonal
 
         x = conjugate_gradient(
@@ -176,6 +176,7 @@ class LinearGaussian:
             curvature.to_basis(A.adjoint(r / variance)),
             inverse,
             diagonal,
+            variance,
             start=None if start is None else curvature.to_basis(start),
             precondition=precondition,
             multiplicity=None if often is None else often.to(r),

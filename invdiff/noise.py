@@ -9,14 +9,16 @@ device.
 
 import hashlib
 from collections.abc import Sequence
-from math import prod, tau
+from math import prod
 
 import torch
 from torch import Tensor
 
 from invdiff.errors import InputError
+from invdiff.kernels.philox_normal import philox_normal
+from invdiff.kernels.philox_normal.reference import philox_words
 
-_M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+_MASK = 0xFFFFFFFF
 _SHARED_SLOT = 0xFFFFFFFF  # slot number of the ensemble's own uniform; no particle has it
 
 
@@ -24,25 +26,6 @@ def stream_key(seed: int, *parts: str | int) -> int:
     """64-bit key of a stream: a hash of the seed and what else tells the stream apart."""
     text = "\x1f".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _mul(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * m for 32-bit a held in int64: split m so that no product overflows."""
-    low = a * (m & 0xFFFF)
-    high = a * (m >> 16) + (low >> 16)  # below 2**49
-    return high >> 16, ((high << 16) | (low & 0xFFFF)) & _MASK
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on 32-bit words held in int64 tensors that broadcast against each other."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        h0, l0 = _mul(c0, _M0)
-        h1, l1 = _mul(c2, _M1)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
 
 
 def _unit(high: Tensor, low: Tensor) -> Tensor:
@@ -75,6 +58,7 @@ class Noise:
             raise InputError(f"Noise needs at least one ensemble of one particle, got {len(keys)} of {n}.")
         self.keys, self.n, self.device, self.dtype = tuple(keys), n, torch.device(device), dtype
         self.step = self.call = 0
+        self._halves: Tensor | None = None
 
     def at(self, step: int) -> "Noise":
         """Move to a step of the run; calls are counted from zero again."""
@@ -86,29 +70,26 @@ class Noise:
         """All flat slots, shape (e * n,)."""
         return torch.arange(len(self.keys) * self.n, device=self.device)
 
+    def _key(self, ensemble: Tensor) -> Tensor:
+        """Halves of the keys of some ensembles, shape (len(ensemble), 2)."""
+        if self._halves is None:  # copied once: a copy to the device waits for it
+            halves = [[k & _MASK, k >> 32] for k in self.keys]
+            self._halves = torch.tensor(halves, dtype=torch.int64, device=self.device)
+        return self._halves[ensemble]
+
+    def _counter(self) -> tuple[int, int]:
+        self.call += 1
+        return self.step & _MASK, self.call - 1
+
     def _words(self, ensemble: Tensor, slot: Tensor, blocks: int) -> Tensor:
         """Uniform 32-bit words, shape (len(slot), blocks * 4), int64."""
-        keys = torch.tensor([[k & _MASK, k >> 32] for k in self.keys], dtype=torch.int64, device=self.device)[ensemble]
-        block = torch.arange(blocks, dtype=torch.int64, device=self.device)[None]
-        counter = (
-            block,
-            slot[:, None],
-            torch.full_like(block, self.step & _MASK),
-            torch.full_like(block, self.call),
-        )
-        words = philox(counter, (keys[:, :1], keys[:, 1:]))
-        self.call += 1
-        return torch.stack([w.expand(len(slot), blocks) for w in words], dim=-1).reshape(len(slot), -1)
+        return philox_words(self._key(ensemble), slot, *self._counter(), blocks)
 
     def normal(self, slots: Tensor, shape: Sequence[int]) -> Tensor:
         """Independent standard normals for the given flat slots, shape (len(slots), *shape)."""
-        size = prod(shape)
-        w = self._words(slots // self.n, slots % self.n, -(-size // 4)).double()
-        # Box-Muller on pairs of words: (0, 1] keeps the logarithm finite.
-        u1, u2 = (w[:, 0::2] + 1.0) / 2.0**32, w[:, 1::2] / 2.0**32
-        radius = torch.sqrt(-2.0 * torch.log(u1))
-        z = torch.stack((radius * torch.cos(tau * u2), radius * torch.sin(tau * u2)), dim=-1)
-        return z.reshape(len(slots), -1)[:, :size].reshape(len(slots), *shape).to(self.dtype)
+        ensemble, slot = slots // self.n, slots % self.n
+        z = philox_normal(self._key(ensemble), slot, *self._counter(), prod(shape), self.dtype)
+        return z.reshape(len(slots), *shape)
 
     def like(self, z: Tensor) -> Tensor:
         """Draw standard normals for all particles of a state of shape (e, n, *event)."""

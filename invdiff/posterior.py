@@ -149,7 +149,8 @@ class Posterior:
             from torch._functorch import config
 
             config.donated_buffer = False
-            self._denoise = torch.compile(self._denoise)
+            # One shape: code for any number of rows takes three times as long on a GPU.
+            self._denoise = torch.compile(self._denoise, dynamic=False)
         self._linear = linear_gaussian(self._likelihood, self._decoder)
         self._mean: Tensor | None = None
         self._noise_std: float | None = None  # worked out once: a look at the device waits for it
@@ -276,8 +277,8 @@ class Posterior:
         if self._mean is None:
             zero = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
             with torch.no_grad():
-                self._mean = self._network(zero, self.sigma_max)[0]
-            self.evaluations.denoiser -= 1  # no particle's evaluation: a run costs what Sampler.cost says
+                # Not through `_network`: it would compile for one row, and is no particle's evaluation.
+                self._mean = self._continuous().denoise(zero, self.sigma_max)[0]
         return self._mean
 
     def start(self, ensembles: int, n: int, noise: Noise, sigma: float | None = None) -> Tensor:
@@ -458,11 +459,16 @@ class Posterior:
         if self._denoise is None:
             raise CapabilityError(f"{type(self.prior).__name__} has no denoiser.")
         self.evaluations.denoiser += len(z)
-        level = PRECISIONS[self.precision]
-        if self.compiled and not isinstance(sigma, Tensor):
-            sigma = torch.full((len(z),), sigma, dtype=z.dtype, device=z.device)  # a float would be compiled in
+        level, n = PRECISIONS[self.precision], len(z)
+        if self.compiled:
+            if not isinstance(sigma, Tensor):
+                sigma = torch.full((n,), sigma, dtype=z.dtype, device=z.device)  # a float would be compiled in
+            missing = (self.micro_batch or n) - n
+            if missing > 0:  # rows that nobody reads, in place of a compilation for every number of rows
+                z = torch.cat((z, z[-1:].expand(missing, *self.shape)))
+                sigma = torch.cat((sigma, sigma[-1:].expand(missing)))
         with torch.autocast(self.device.type, dtype=level) if level is not None else nullcontext():
-            return self._denoise(z, sigma).to(z.dtype)
+            return self._denoise(z, sigma)[:n].to(z.dtype)
 
     def _decoded(self, z: Tensor) -> Tensor:
         if self._decoder is not None:

@@ -589,6 +589,29 @@ def test_precision_is_the_networks_alone_and_is_written_down():
     assert 0.0 < difference < 0.1  # bfloat16 has 8 bits; a network in it is rounded, but is the same network
 
 
+def test_a_compiled_network_sees_one_shape_only(monkeypatch):
+    seen = set()
+
+    def compiled(function, *, dynamic):
+        assert dynamic is False
+
+        def recorded(z, sigma):
+            seen.add((z.shape, sigma.shape))
+            return function(z, sigma)
+
+        return recorded
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    prior = tiny_network_prior()
+    case = Problem(likelihoods.Gaussian(operators.Scale((3, 8, 8)), torch.full((3, 8, 8), 0.4), 0.1))
+    for sampler in (samplers.DPS(steps=2), samplers.DAPS(steps=2, inner=samplers.ExactInner())):
+        plain = solve(case, prior, sampler, draws=7)
+        chunks = solve(case, prior, sampler, draws=7, compile=True, micro_batch=3)
+        torch.testing.assert_close(chunks.draws, plain.draws, rtol=1e-4, atol=1e-5)
+        assert chunks.about["evaluations_per_draw"] == plain.about["evaluations_per_draw"]
+    assert seen == {((3, 3, 8, 8), (3,))}
+
+
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_draws():
     prior = tiny_network_prior()

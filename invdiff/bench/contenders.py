@@ -182,7 +182,7 @@ CONTENDERS: tuple[Contender, ...] = (
         name="PiGDM, Jacobian",
         gradient=True,
         make=_pigdm_jacobian,
-        ranges={"max_iterations": [1, 2, 3, 4, 5], "integrator": list(_INTEGRATORS), "rho": _RHO},
+        ranges={"max_iterations": [1, 2, 3], "integrator": list(_INTEGRATORS), "rho": _RHO},
     ),
     Contender(
         name="PiGDM, Isotropic",
@@ -339,7 +339,7 @@ class _Shared:
         self.shape, self.sigma_min, self.sigma_max = prior.shape, prior.sigma_min, prior.sigma_max
         self.decoder: Any = getattr(prior, "decoder", None)
         self._passes, self._level = passes, PRECISIONS[precision]
-        self._denoise = torch.compile(prior.denoise) if compiled else prior.denoise
+        self._denoise = torch.compile(prior.denoise, dynamic=False) if compiled else prior.denoise
 
     def denoise(self, z: Tensor, sigma: Sigma) -> Tensor:
         """Run the network and count its pictures."""

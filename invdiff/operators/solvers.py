@@ -12,12 +12,13 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 """Iterate x, residual r, direction p, and rho = r^T P r by row."""
 
 
-def dot(u: Tensor, v: Tensor, multiplicity: Tensor | None = None) -> Tensor:
+def dot(u: Tensor, v: Tensor, multiplicity: Tensor) -> Tensor:
     """Real inner product of each row, shape (n, 1, ..., 1), of real or complex coefficients, each counted so often."""
-    w = torch.view_as_real(u) * torch.view_as_real(v) if u.is_complex() else u * v
-    if multiplicity is not None:
-        w = w * (multiplicity[..., None] if u.is_complex() else multiplicity)
-    return w.flatten(1).sum(1).reshape(-1, *[1] * (u.ndim - 1))
+    axes = u.ndim - 1
+    if u.is_complex():
+        u, v, multiplicity = torch.view_as_real(u), torch.view_as_real(v), multiplicity[..., None]
+    w = (u * v * multiplicity).flatten(1).sum(1)
+    return w.reshape(-1, *[1] * axes)
 
 
 def conjugate_gradient(
@@ -41,7 +42,7 @@ def conjugate_gradient(
     b
         Right-hand sides (n, ...), real, or complex coefficients of real vectors.
     tables
-        What M and P are made of that changes from one solution to the next.
+        The tensors that M and P are made of, but for those that outlive ``graphs``.
     start
         First guess; zero if None.
     precondition
@@ -61,31 +62,32 @@ def conjugate_gradient(
     """
     rtol = (1e-12 if b.dtype in (torch.float64, torch.complex128) else 1e-6) if rtol is None else rtol
     tiny = torch.finfo(b.dtype).tiny
+    often = torch.ones((), dtype=b.real.dtype, device=b.device) if multiplicity is None else multiplicity
 
     def conditioned(r: Tensor, *tables: Tensor) -> Tensor:
         return r if precondition is None else precondition(r, *tables)
 
-    def iterate(x: Tensor, r: Tensor, p: Tensor, rho: Tensor, stop: Tensor, *tables: Tensor) -> State:
+    def iterate(x: Tensor, r: Tensor, p: Tensor, rho: Tensor, stop: Tensor, often: Tensor, *tables: Tensor) -> State:
         mp = matvec(p, *tables)
-        curvature = dot(p, mp, multiplicity)
+        curvature = dot(p, mp, often)
         # A row that has converged stands still, so that its result does not depend on its neighbours in the batch; nor
         # does one go on whose matrix turns out not to be positive, as a trained denoiser's Jacobian may not be.
         live = (rho > stop) & (curvature > 0)
         alpha = torch.where(live, rho / curvature.clamp_min(tiny), 0.0)
         x, r = x + alpha * p, r - alpha * mp
         z = conditioned(r, *tables)
-        new = dot(r, z, multiplicity)
+        new = dot(r, z, often)
         beta = torch.where(live, new / rho.clamp_min(tiny), 0.0)
         return x, r, z + beta * p, torch.where(live, new, 0.0)
 
     x = torch.zeros_like(b) if start is None else start
     r = b if start is None else b - matvec(x, *tables)
     p = conditioned(r, *tables)
-    rho = dot(r, p, multiplicity)
-    scale = rho if start is None else dot(b, conditioned(b, *tables), multiplicity)
+    rho = dot(r, p, often)
+    scale = rho if start is None else dot(b, conditioned(b, *tables), often)
     stop = torch.clamp_min(rtol**2 * scale, atol**2)
     state: State = (x, r, p, rho)
-    graph = None if graphs is None or b.requires_grad else graphs.find(iterate, state, (stop, *tables))
+    graph = None if graphs is None or b.requires_grad else graphs.find(iterate, state, (stop, often, *tables))
     stride = LOOK if b.is_cuda else 1
     for done in range(0, max_iterations, stride):
         if not bool((state[3] > stop).any()):
@@ -94,7 +96,7 @@ def conjugate_gradient(
             state = graph.replay()
             continue
         for _ in range(min(stride, max_iterations - done)):
-            state = iterate(*state, stop, *tables)
+            state = iterate(*state, stop, often, *tables)
     return state[0] if graph is None else state[0].clone()
 
 
@@ -102,16 +104,17 @@ def conjugate_gradient(
 class Graphs:
     """Iterations as CUDA graphs, one for each shape: a launch for all their kernels, which small batches wait for.
 
-    An iteration is captured at the second solution of its shape: the first one fills the caches that it reads.
-    Elsewhere than on a GPU nothing is captured.
+    An iteration is captured at the second solution of its shape: the first one fills the caches that it reads. Nothing
+    is captured elsewhere than on a GPU, nor of a matrix that waits for the device, as a user's operator may.
     """
 
     def __init__(self) -> None:
         self._found: dict[Hashable, _Graph | None] = {}
+        self._able = True
 
     def find(self, iterate: Callable[..., State], state: State, fixed: tuple[Tensor, ...]) -> "_Graph | None":
         """Return the graph of `LOOK` iterations, loaded with the tensors, or None where there is none yet."""
-        if not state[0].is_cuda or torch.cuda.is_current_stream_capturing():
+        if not self._able or not state[0].is_cuda or torch.cuda.is_current_stream_capturing():
             return None
         key = tuple((t.shape, t.dtype, t.device) for t in (*state, *fixed))
         if key not in self._found:
@@ -119,7 +122,11 @@ class Graphs:
             return None
         graph = self._found[key]
         if graph is None:
-            graph = self._found[key] = _Graph(iterate, state, fixed)
+            try:
+                graph = self._found[key] = _Graph(iterate, state, fixed)
+            except RuntimeError:
+                self._able = False
+                return None
         graph.load(state, fixed)
         return graph
 

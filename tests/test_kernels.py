@@ -1,0 +1,58 @@
+"""Kernels against their references; the Triton ones in Triton's interpreter, and compiled where there is a GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from invdiff.kernels.philox_normal import philox_normal, reference
+
+HERE = Path(__file__).parent
+CASES = [(1, 3, 7, 0), (5, 4, 2, 9), (3, 1030, 2**32 - 1, 2**31 + 1), (0, 8, 1, 1), (2, 4096, 0, 1), (2, 1, 16, 16)]
+"""Rows, values a row, step, call: odd sizes, a ragged last block, none, and words that do not fit 31 bits."""
+
+
+def philox_inputs(rows: int, device: str = "cpu"):
+    generator = torch.Generator().manual_seed(rows)
+    keys = torch.randint(0, 2**32, (rows, 2), generator=generator)
+    slots = torch.randint(0, 2**32, (rows,), generator=generator)
+    return keys.to(device), slots.to(device)
+
+
+def check_philox(kernel, device: str) -> None:
+    for rows, size, step, call in CASES:
+        keys, slots = philox_inputs(rows, device)
+        for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+            got = kernel(keys, slots, step, call, size, dtype)
+            expected = reference.philox_normal(keys.cpu(), slots.cpu(), step, call, size, dtype)
+            assert got.shape == (rows, size)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.cpu(), expected, rtol=rtol, atol=1e-14)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
+def test_triton_kernels_in_the_interpreter():
+    # In a process of its own: Triton reads the variable when it is imported.
+    script = (
+        "from test_kernels import check_philox\n"
+        "from invdiff.kernels.philox_normal import gpu\n"
+        "check_philox(gpu.philox_normal, 'cpu')\n"
+        "print('same')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "same\n", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_kernels_on_the_gpu():
+    check_philox(philox_normal, "cuda")
