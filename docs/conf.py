@@ -23,7 +23,8 @@ extensions = [
     "numpydoc",
     "myst_parser",
 ]
-TABLES = ("exactness", "calibration")
+TABLES = {"exactness": "exactness", "calibration": "calibration", "imaging_64": "imaging"}
+"""Tables, and the module of `invdiff.bench` that writes each."""
 exclude_patterns = ["_build", "generated", *(f"{name}_table.md" for name in TABLES)]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -52,7 +53,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"invdiff {release}"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False, "use_edit_page_button": False}
-PAGES = ("index", "quickstart", "samplers", "priors", "exactness", "calibration", "contracts", "changelog")
+PAGES = ("index", "quickstart", "samplers", "priors", "exactness", "calibration", "imaging", "contracts", "changelog")
 html_sidebars = {page: [] for page in PAGES}  # only the reference has pages below its own
 html_show_sourcelink = False
 
@@ -61,9 +62,9 @@ def write_includes() -> None:
     """Collect the measured tables and the model cards in docs/generated, or a line that says that there is none."""
     generated = HERE / "generated"
     generated.mkdir(exist_ok=True)
-    for name in TABLES:
+    for name, module in TABLES.items():
         table = HERE / f"{name}_table.md"
-        none = f"The table has not been measured in this checkout: run `python -m invdiff.bench.{name}`.\n"
+        none = f"The table has not been measured in this checkout: run `python -m invdiff.bench.{module}`.\n"
         (generated / table.name).write_text(table.read_text("utf-8") if table.is_file() else none, "utf-8")
     cards = []
     for path in sorted((ROOT / "priors").glob("*/README.md")):

@@ -224,8 +224,21 @@ def _cell(row: Mapping[str, Any], key: str, digits: int, best: float | None) -> 
     return f"**{text}**" if best is not None and value == best else text
 
 
-def table(report: Mapping[str, Any], source: str) -> str:
-    """Markdown from the file alone; the best mean of a column that has a best is bold."""
+def table(report: Mapping[str, Any], source: str, times: Mapping[str, Any] | None = None) -> str:
+    """Markdown from the file alone; the best mean of a column that has a best is bold.
+
+    Parameters
+    ----------
+    report, source
+        What `test` wrote, and where.
+    times
+        What a `test` of one process on an otherwise idle device wrote, for the seconds, where the report's processes
+        shared one.
+    """
+    if times is None and report["processes"] == 1:
+        times = report
+    timed = times["rows"] if times else []
+    seconds = {(r["task"], r["contender"]): r["seconds_per_picture"] for r in timed if "failed" not in r}
     n, versions = report["draws"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     about = (
         f"{report['pictures']} pictures of {report['side']} x {report['side']}, prior {report['prior']}, noise "
@@ -245,14 +258,18 @@ def table(report: Mapping[str, Any], source: str) -> str:
             for key in ("psnr_mean", "psnr_draw", "ssim_mean", "crps")
         }
         text += ["", f"### {title}", ""]
-        text += ["| library | sampler | passes | s a picture | " + " | ".join(c[1] for c in _COLUMNS) + " |"]
-        text += ["| --- | --- " + "| ---: " * (len(_COLUMNS) + 2) + "|"]
+        titles = ["library", "sampler", "passes", *(["s a picture"] if seconds else []), *(c[1] for c in _COLUMNS)]
+        text += ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
         for r in sorted(done, key=lambda r: r["crps"][0]):
             cells = [_cell(r, key, digits, best.get(key)) for key, _, digits in _COLUMNS]
             passes = f"{r['evaluations']:.0f} + {r['backward']:.0f}"
-            head = [r["library"], r["contender"], passes, f"{r['seconds_per_picture']:.2f}"]
-            text.append("| " + " | ".join([*head, *cells]) + " |")
+            if seconds:
+                took = seconds.get((task, r["contender"]))
+                cells.insert(0, "" if took is None else f"{took:.2f}")
+            text.append("| " + " | ".join([r["library"], r["contender"], passes, *cells]) + " |")
         text += [f"\nLeft out: {r['contender']} ({r['library']}). {r['failed']}" for r in rows if "failed" in r]
+        missing = [c.name for c in CONTENDERS if c.name not in {r["contender"] for r in rows}]
+        text += [f"\nNot run: {', '.join(missing)}."] if missing else []
     return "\n".join(text) + "\n"
 
 
@@ -264,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--settings", type=Path, help="what `tune` wrote")
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--times", type=Path, help="file of a quiet `test`, for the table's seconds")
     parser.add_argument("--parts", type=Path, nargs="*", default=[], help="files that `merge` joins")
     parser.add_argument("--prior", default="photos-64")
     parser.add_argument("--side", type=int, choices=(64, 256), default=64)
@@ -281,7 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
         merge(options.out, options.parts)
         return
     if options.command == "table":
-        options.table.write_text(table(json.loads(options.out.read_text()), options.out.as_posix()))
+        times = json.loads(options.times.read_text()) if options.times else None
+        options.table.write_text(table(json.loads(options.out.read_text()), options.out.as_posix(), times))
         return
     if options.draws is None:
         options.draws = TUNING_DRAWS if options.command == "tune" else DRAWS
