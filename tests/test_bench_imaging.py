@@ -152,7 +152,7 @@ def test_tuning_testing_merging_and_the_table(tmp_path, monkeypatch):
     assert f"**{row['psnr_mean'][0]:.2f}" in text
     assert "Left out: DDRM (invdiff). " in text
     # Two processes shared the machine: their seconds say nothing, those of one alone may be put beside.
-    assert "s a picture" not in text
+    assert "| s a picture |" not in text
     imaging.main(["table", "--out", str(out), "--table", str(table), "--times", str(parts[0])])
     assert "| s a picture |" in table.read_text()
     assert f"| 4 + 0 | {json.loads(parts[0].read_text())['rows'][0]['seconds_per_picture']:.2f} |" in table.read_text()
