@@ -9,11 +9,11 @@ from torch import Tensor
 from invdiff.errors import InputError, SamplingError
 from invdiff.noise import Noise
 from invdiff.samplers import particles
-from invdiff.samplers.particles import Residual, Stratified, Systematic, Weighted
+from invdiff.samplers.particles import BirthDeath, Residual, Stratified, Systematic, Weighted
 
 F64 = torch.float64
 INF = float("inf")
-STRATEGIES = (Systematic(), Stratified(), Residual())
+STRATEGIES = (Systematic(), Stratified(), Residual(), BirthDeath())
 WEIGHTS = torch.tensor([[0.05, 0.0, 0.31, 0.04, 0.35, 0.25], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1 / 6] * 6], dtype=F64)
 
 
@@ -33,7 +33,7 @@ def test_copies_are_unbiased_and_none_of_a_dead_particle(strategy):
     # The variance of a count is at most that of independent draws, n W (1 - W).
     bound = 4.5 * torch.sqrt(n * WEIGHTS[0] * (1 - WEIGHTS[0]) / runs)
     assert bool(((found.mean(0) - n * WEIGHTS[0]).abs() <= bound).all())
-    if not isinstance(strategy, Stratified):  # whose counts may fall one short
+    if isinstance(strategy, Systematic | Residual):
         assert bool((found >= torch.floor(n * WEIGHTS[0] - 1e-9)).all())
     if isinstance(strategy, Systematic):
         assert bool((found <= torch.ceil(n * WEIGHTS[0] + 1e-9)).all())
@@ -44,6 +44,17 @@ def test_one_living_particle_takes_all_and_equal_ones_keep_one_each(strategy):
     found = copies(strategy, WEIGHTS.log())
     assert found[1].tolist() == [6, 0, 0, 0, 0, 0]
     assert found[2].tolist() == [1] * 6
+
+
+def test_birth_and_death_leave_in_place_whom_they_can():
+    log_weights = 0.1 * torch.randn(40, 200, generator=torch.Generator().manual_seed(1), dtype=F64)
+    stay = torch.arange(200)
+    moved = BirthDeath().ancestors(log_weights, Noise(list(range(40)), 200)) != stay
+    # Deaths are independent, each with probability (1 - n W)^+.
+    expected = (1.0 - 200 * torch.softmax(log_weights, -1)).clamp_min(0.0)
+    spread = torch.sqrt((expected * (1 - expected)).sum())
+    assert abs(float(moved.sum() - expected.sum())) < 4.5 * float(spread)
+    assert not bool((moved & (expected == 0)).any())
 
 
 def test_equal_weights_stay_whole_numbers_whatever_they_round_to():

@@ -18,7 +18,7 @@ from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path, Tempered
 from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior
 from invdiff.problem import Problem
-from invdiff.samplers.particles import Stratified, Systematic
+from invdiff.samplers.particles import Stratified, Systematic, conditional_ess
 from invdiff.samplers.preconditioner import Information, precondition
 from invdiff.samplers.transport_langevin import TransportLangevin, TransportState
 
@@ -214,6 +214,50 @@ def test_more_levels_bring_the_evidence_of_a_mixture_nearer():
     assert errors[1] < errors[0] / 2.0
 
 
+def test_levels_by_conditional_ess_keep_the_particles_alive():
+    case = FIELDS[2]
+    plain = TransportLangevin(steps=10, refreshes=2, resampling=Systematic())
+    posterior = Posterior(case.problem, case.prior, dtype=F64)
+    assert min(info.ess for info in posterior.sample(plain, 100, seed=1).trace) < 0.1
+    sampler, asked = replace(plain, conditional_ess=0.9), []
+
+    def recorded(state: TransportState, info) -> None:
+        asked.append((info.sigma, int(state.position[0, 0])))
+
+    found = posterior.sample(sampler, 100, seed=1, callback=recorded)
+    # Between resamplings at one half, a level of 0.9 cannot take more than a few tenths.
+    assert min(info.ess for info in found.trace) > 0.3
+    assert not measure(found.particles[case.problem.event[0].name][0], case.exact, found.log_weights[0]).failures
+    ladder = sampler.ladder(posterior)
+    assert [sigma for sigma, _ in asked] == [ladder[k] for _, k in asked]
+    jumps = [b - a for (_, a), (_, b) in zip([(0.0, 0), *asked], asked, strict=False)]
+    assert sum(jumps) == len(ladder) - 1 == 200
+    assert 1 <= min(jumps) < max(jumps) == 20  # a level of the coarse ladder where the weights allow it
+    assert plain.steps < len(found.trace) < 100
+    assert found.about["evaluations_per_draw"] == 3 * len(found.trace) > sampler.cost().forward
+    again = Posterior(case.problem, case.prior, dtype=F64, micro_batch=60).sample(sampler, 100, seed=1)
+    torch.testing.assert_close(again.draws, found.draws, rtol=0.0, atol=1e-9)
+
+
+def test_levels_by_conditional_ess_are_the_furthest_that_keep_it():
+    prior, problem = modes()
+    posterior = Posterior(problem, prior, dtype=F64)
+    sampler = TransportLangevin(steps=8, refreshes=1, resampling=Systematic(), threshold=0.0, conditional_ess=0.9)
+    before: dict[str, Tensor] = {}
+    kept = []
+
+    def look(state: TransportState, info) -> None:
+        if before:
+            shares = conditional_ess(before["w"], state.log_weights - before["w"])
+            if int(state.position[0, 0]) - before["k"] > 1:  # the smallest step is taken whatever it costs
+                kept.append(float(shares.min()))
+        before.update(w=state.log_weights, k=int(state.position[0, 0]))
+
+    posterior.sample(sampler, 500, chains=3, seed=3, callback=look)
+    assert len(kept) >= 4
+    assert all(share >= 0.9 for share in kept)
+
+
 @pytest.mark.parametrize("resampling", [None, Systematic()])
 def test_draws_do_not_depend_on_micro_batches_or_company(resampling):
     sampler = TransportLangevin(steps=5, refreshes=2, resampling=resampling, threshold=0.9)
@@ -295,6 +339,9 @@ def test_cost_is_what_is_counted():
         ({"threshold": 1.5}, r"in \[0, 1\]; got 1\.5"),
         ({"floor": -0.1}, r"in \[0, 1\]; got -0\.1"),
         ({"slope": -1.0}, "positive bound"),
+        ({"conditional_ess": 1.0, "resampling": Systematic()}, r"in \(0, 1\); got 1\.0"),
+        ({"conditional_ess": 0.9}, "need weights"),
+        ({"conditional_ess": 0.9, "resampling": Systematic(), "integrator": Heun()}, "default integrator"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

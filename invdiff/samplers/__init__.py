@@ -10,7 +10,7 @@ from invdiff.samplers.dps import DPS
 from invdiff.samplers.fk_steering import FKSteering
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
-from invdiff.samplers.particles import Resampling, Residual, Stratified, Systematic
+from invdiff.samplers.particles import BirthDeath, Resampling, Residual, Stratified, Systematic
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.red_diff import REDDiff
 from invdiff.samplers.split_gibbs import SplitGibbs
@@ -25,6 +25,7 @@ __all__ = [
     "DPS",
     "TDS",
     "ULA",
+    "BirthDeath",
     "DiffPIR",
     "ExactInner",
     "FKSteering",

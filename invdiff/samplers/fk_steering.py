@@ -50,8 +50,8 @@ from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path
 from invdiff.samplers.annealing import Levels, check_steps
-from invdiff.samplers.particles import Resampling, Systematic, Weighted, check_threshold
-from invdiff.samplers.tds import alive, ancestral, check_prior_std, denoiser_std, twisting_path
+from invdiff.samplers.particles import Resampling, Systematic, Weighted, alive, check_threshold
+from invdiff.samplers.tds import ancestral, check_prior_std, denoiser_std, twisting_path
 
 POTENTIALS = ("difference", "maximum")
 

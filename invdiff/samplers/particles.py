@@ -160,6 +160,27 @@ class Residual(Resampling):
         return torch.where(position < copies.sum(-1, keepdim=True), certain, drawn)
 
 
+@final
+@dataclass(frozen=True)
+class BirthDeath(Resampling):
+    """Particle i dies with probability 1 - n W_i, and one with n W > 1, drawn by what it has too much, takes its place.
+
+    The jumps of Rousset & Stoltz 2006 for a step of any length. Those that live stay where they are, so that with
+    weights near one few particles move; its variance is above that of `Systematic`.
+    """
+
+    def ancestors(self, log_weights: Float[Tensor, "ensemble n"], noise: Noise) -> Int[Tensor, "ensemble n"]:
+        """Ancestor of each particle; see `Resampling.ancestors`."""
+        check_weights(log_weights)
+        e, n = log_weights.shape
+        dies, drawn = (noise.uniform(noise.slots).reshape(e, n) for _ in range(2))
+        excess = n * torch.softmax(log_weights.double(), -1) - 1.0
+        births = excess.clamp_min(0.0)
+        # Where there are no births there are no deaths, and what is drawn is not used.
+        parent = _inverse(torch.where(births.sum(-1, keepdim=True) > 0, births, torch.ones_like(births)), drawn)
+        return torch.where(dies < -excess, parent, torch.arange(n, device=dies.device))
+
+
 def _inverse(weights: Tensor, points: Tensor) -> Tensor:
     """First particle whose cumulative weight exceeds the point, by ensemble: one of no weight is never taken."""
     cumulative = weights.cumsum(-1)
@@ -247,3 +268,8 @@ def check_threshold(threshold: float) -> None:
     """Raise InputError unless a threshold of the effective sample size is a share: in [0, 1]."""
     if not 0.0 <= threshold <= 1.0:
         raise InputError(f"The effective sample size is a share of the particles, in [0, 1]; got {threshold}.")
+
+
+def alive(state: Weighted, increment: Tensor) -> Tensor:
+    """Increments, 0 for particles that are dead already: theirs may be a difference of infinities."""
+    return torch.where(torch.isneginf(state.log_weights), 0.0, increment)

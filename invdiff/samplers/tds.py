@@ -56,7 +56,7 @@ from invdiff.noise import Noise
 from invdiff.posterior import Block, Posterior
 from invdiff.potential import Noised, Path, Tempered
 from invdiff.samplers.annealing import Levels, check_steps
-from invdiff.samplers.particles import Resampling, Systematic, Weighted, check_threshold
+from invdiff.samplers.particles import Resampling, Systematic, Weighted, alive, check_threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +213,6 @@ def ancestral(z: Tensor, denoised: Tensor, sigma: float, after: float) -> tuple[
     """Mean and standard deviation of the prior's own step from sigma to ``after``, as `Ancestral` with eta = 1."""
     share = (after / sigma) ** 2
     return denoised + share * (z - denoised), after * sqrt(1.0 - share)
-
-
-def alive(state: Weighted, increment: Tensor) -> Tensor:
-    """Increments, 0 for particles that are dead already: theirs may be a difference of infinities."""
-    return torch.where(torch.isneginf(state.log_weights), 0.0, increment)
 
 
 def twisting_path(posterior: Posterior, path: Path | None) -> Path:
