@@ -10,7 +10,10 @@ import invdiff
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "priors" / "photos-64" / "weights.safetensors"
-OPTIONS = {"deblur_a_photograph": ["--draws", "2"]}
+OPTIONS = {
+    "choose_a_blur_by_evidence": ["--draws", "20"],
+    "deblur_a_photograph": ["--draws", "2"],
+}
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
