@@ -30,7 +30,7 @@ def blur(width: float) -> operators.Blur:
     return operators.Blur(operators.gaussian_kernel(11, width), SHAPE, boundary="reflect")
 
 
-def main(out: Path, draws: int) -> None:
+def main(out: Path, draws: int, steps: int) -> None:
     """Measure once, solve under every guess, compare the evidence, and draw it."""
     import matplotlib.pyplot as plt
 
@@ -38,7 +38,9 @@ def main(out: Path, draws: int) -> None:
     measured = invdiff.Problem.simulate(blur(WIDTH), prior.sample(1, seed=3)[0], noise_std=NOISE_STD, seed=0)
     y = measured.likelihood.measurement[0]
     # Weighted particles, and levels where the weights need them: then the evidence is unbiased up to the transport.
-    sampler = samplers.TransportLangevin(steps=30, refreshes=2, resampling=samplers.Systematic(), conditional_ess=0.8)
+    sampler = samplers.TransportLangevin(
+        steps=steps, refreshes=2, resampling=samplers.Systematic(), conditional_ess=0.8
+    )
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for axis, guesses, truth, label in (
@@ -70,5 +72,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
     parser.add_argument("--draws", type=int, default=100, help="particles in each of two ensembles")
+    parser.add_argument("--steps", type=int, default=30, help="noise levels, at least; more cost more time")
     args = parser.parse_args()
-    main(args.out, args.draws)
+    main(args.out, args.draws, args.steps)

@@ -32,6 +32,17 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
         return typed(function)
 
 
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def outermost(**settings: Any) -> Callable[[Any], Any]:
+    """Decorate what a module or a class defines, not what a function does: it would be compiled anew at every call."""
+    decorate = _jaxtyped(**settings)
+    return lambda function: function if "<locals>" in function.__qualname__ else decorate(function)
+
+
+jaxtyping.jaxtyped = outermost  # type: ignore[assignment]
+
 # The hook takes the checker by its importable name alone.
 _checker = types.ModuleType("invdiff_type_checker")
 _checker.check = check  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import invdiff
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "priors" / "photos-64" / "weights.safetensors"
 OPTIONS = {
-    "choose_a_blur_by_evidence": ["--draws", "20"],
+    "choose_a_blur_by_evidence": ["--draws", "10", "--steps", "5"],
     "deblur_a_photograph": ["--draws", "2"],
 }
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
