@@ -19,7 +19,7 @@ from invdiff.diagnostics.exactness import (
 )
 from invdiff.draws import Draws
 from invdiff.driver import Cost, Info, Sampler, State
-from invdiff.errors import CapabilityError
+from invdiff.errors import CapabilityError, InputError
 from invdiff.event import Variable
 from invdiff.likelihoods import Gaussian
 from invdiff.noise import Noise
@@ -290,3 +290,23 @@ def test_the_table_marks_what_exact_draws_would_not_give():
     assert "**" not in right
     assert f"**{rows[1]['variance_ratio']:.3f}**" in wrong
     assert "Left out: c of deepinv, which needs more." in lines
+
+
+def test_some_samplers_are_run_again_in_the_file_there_is():
+    def rows(*names: str, value: int) -> list[dict]:
+        return [{"problem": p, "library": "l", "sampler": n, "steps": value} for p, n in (n.split() for n in names)]
+
+    common = {"draws": 4, "problems": [{"name": "p"}, {"name": "q"}], "left_out": ["kept"]}
+    old = common | {"rows": rows("p a", "p b", "p b", "q a", value=1)}
+    new = common | {"rows": rows("p b", "q c", "q c", value=2), "left_out": []}
+    found = bench.update(old, new)
+    assert [(r["problem"] + " " + r["sampler"], r["steps"]) for r in found["rows"]] == [
+        ("p a", 1),
+        ("p b", 2),
+        ("q a", 1),
+        ("q c", 2),
+        ("q c", 2),
+    ]
+    assert found["left_out"] == ["kept"]
+    with pytest.raises(InputError, match="file's draws is 4, this run's is 5"):
+        bench.update(old, new | {"draws": 5})

@@ -29,6 +29,7 @@ SHAPE = (1, 4, 4)
 # Both hold the sampler's bias and the sampling error of 400 draws.
 ENTRIES = {
     samplers.PiGDM: (samplers.PiGDM(steps=40), 0.25, (0.85, 1.15)),
+    samplers.AFDPS: (samplers.AFDPS(steps=100), 0.35, (0.75, 1.2)),
     samplers.DAPS: (samplers.DAPS(steps=40, inner=samplers.ExactInner()), 0.35, (0.85, 1.25)),
     samplers.DPS: (samplers.DPS(steps=40, scale=0.005), 0.5, (0.6, 1.15)),
     samplers.TDS: (samplers.TDS(steps=100), 0.35, (0.8, 1.15)),
@@ -258,7 +259,7 @@ def test_requirement_errors_name_samplers_that_can():
 def test_daps_without_a_slope_is_refused_before_the_run():
     bent = Problem(likelihoods.Gaussian(Bend(SHAPE, SHAPE), normal(*SHAPE), 0.5))
     seen = []
-    with pytest.raises(CapabilityError, match="Samplers that can: DPS, FKSteering, ImportanceSampling"):
+    with pytest.raises(CapabilityError, match="Samplers that can: AFDPS, DPS, FKSteering, ImportanceSampling"):
         invdiff.solve(bent, field(), samplers.DAPS(), callback=lambda *a: seen.append(a))
     assert not seen
     with_slope = samplers.DAPS(steps=5, inner=samplers.Langevin(steps=5, slope=1.3))

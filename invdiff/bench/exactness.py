@@ -9,6 +9,7 @@ as `invdiff.bench.exactness_deepinv` says. The file holds no times and repeats o
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,7 +30,9 @@ from invdiff.diagnostics.exactness import (
     measure_solution,
     plane_problem,
 )
+from invdiff.errors import InputError
 from invdiff.samplers import (
+    AFDPS,
     DAPS,
     DDNM,
     DDRM,
@@ -137,8 +140,8 @@ def run_ours(
     )
 
 
-def collect(*, quick: bool) -> dict[str, Any]:
-    """Run everything."""
+def collect(*, quick: bool, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Run everything, or the samplers of these names alone."""
     draws = 100 if quick else DRAWS
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
@@ -153,9 +156,9 @@ def collect(*, quick: bool) -> dict[str, Any]:
         found = measure(case.exact.sample(draws, seed=SEED), case.exact)
         add(row(case, "", exact, "", None, found, evaluations=0.0, backward=0.0))
         for label, sampler, counts in ours(quick=quick):
-            for steps in counts:
+            for steps in counts if not only or label in only else ():
                 add(run_ours(case, label, sampler, steps, draws=draws))
-        for label, name, settings, steps in peers(quick=quick) if find_spec("deepinv") else []:
+        for label, name, settings, steps in peers(quick=quick) if find_spec("deepinv") and not only else []:
             operator: Any = case.problem.likelihood.operator
             if reason := why_not(name, operator):
                 left_out.append({"problem": case.name, "sampler": label, "reason": reason})
@@ -168,12 +171,13 @@ def collect(*, quick: bool) -> dict[str, Any]:
     add(row(plane, "", exact, "", None, found, evaluations=0.0, backward=0.0))
     weighted: list[tuple[str, Sampler, tuple[int, ...]]] = [
         ("ImportanceSampling", ImportanceSampling(), (10, 30, 90)),
+        ("AFDPS", AFDPS(), (30, 90, 270)),
         ("TDS", TDS(), (30, 90, 270)),
         ("FKSteering", FKSteering(), (30, 90, 270)),
         ("TransportLangevin, 4 refreshes, resampled", TransportLangevin(resampling=Systematic()), (6, 20, 60)),
     ]
     for label, sampler, counts in weighted:
-        for steps in counts[:1] if quick else counts:
+        for steps in (counts[:1] if quick else counts) if not only or label in only else ():
             add(run_ours(plane, label, sampler, steps, draws=draws, chains=CHAINS))
     return {
         "benchmark": "exactness",
@@ -243,16 +247,42 @@ def table(report: dict[str, Any], source: str, target: str) -> str:
     return "\n".join(text) + "\n"
 
 
+def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Put the new rows of samplers in the place of their old ones, or at the end of their problem.
+
+    Raises
+    ------
+    InputError
+        If the two were not made alike.
+    """
+    for name in old.keys() - {"rows", "left_out"}:
+        if old[name] != new[name]:
+            raise InputError(f"The file's {name} is {old[name]}, this run's is {new[name]}; run everything again.")
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for rows in (old["rows"], new["rows"]):
+        seen: set[tuple[str, str, str]] = set()
+        for r in rows:
+            key = (r["problem"], r["library"], r["sampler"])
+            groups[key] = [*groups.get(key, []), r] if key in seen else [r]  # a key keeps its place
+            seen.add(key)
+    order = [p["name"] for p in new["problems"]]
+    rows = sorted((r for group in groups.values() for r in group), key=lambda r: order.index(r["problem"]))
+    return old | {"rows": rows}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and write the file and its table."""
     parser = argparse.ArgumentParser(prog="invdiff.bench.exactness", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, help="Markdown made from the file")
     parser.add_argument("--quick", action="store_true", help="100 draws, few steps")
+    parser.add_argument("--only", nargs="*", default=(), help="run these samplers of ours again, in the file there is")
     options = parser.parse_args(arguments)
     # Tensors of a few thousand values: more threads cost more than they give.
     torch.set_num_threads(1)
-    report = collect(quick=options.quick)
+    report = collect(quick=options.quick, only=options.only)
+    if options.only:
+        report = update(json.loads(options.out.read_text()), report)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.table is not None:
         report = json.loads(options.out.read_text())

@@ -1,6 +1,7 @@
 """Posterior samplers, one a file."""
 
 from invdiff.driver import Sampler
+from invdiff.samplers.afdps import AFDPS
 from invdiff.samplers.annealing import Levels
 from invdiff.samplers.daps import DAPS
 from invdiff.samplers.ddnm import DDNM
@@ -19,6 +20,7 @@ from invdiff.samplers.transport_langevin import TransportLangevin
 from invdiff.samplers.ula import ULA
 
 __all__ = [
+    "AFDPS",
     "DAPS",
     "DDNM",
     "DDRM",

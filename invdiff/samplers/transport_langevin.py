@@ -215,7 +215,7 @@ class TransportLangevin(Sampler):
         z = z + sigma * noise.like(z)
         linear, log_weights, evidence = posterior.linear, None, None
         if isinstance(path, Noised) and linear is not None:
-            z = _tilted(linear, linear.rows(posterior.rows(z)), z, sigma, path.kappa * sigma**2, noise)
+            z = tilted(linear, linear.rows(posterior.rows(z)), z, sigma, path.kappa * sigma**2, noise)
             evidence = linear.log_evidence(center, sigma**2, path.kappa * sigma**2)
         else:
             log_weights = posterior.potential(sigma, path)(z)[0]
@@ -342,7 +342,7 @@ class TransportLangevin(Sampler):
         return near
 
 
-def _tilted(
+def tilted(
     linear: LinearGaussian, rows: LinearGaussian, z: Tensor, sigma: float, extra: float, noise: Noise
 ) -> Tensor:
     """Draw of N(m, sigma^2) N(y; A z, R + extra A A^T) from z ~ N(m, sigma^2), by perturbation and solution."""
