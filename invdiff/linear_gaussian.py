@@ -7,8 +7,9 @@ from math import log, pi, prod, sqrt
 import torch
 from torch import Tensor
 
+from invdiff.errors import CapabilityError
 from invdiff.likelihoods import Gaussian, Likelihood
-from invdiff.operators.base import LinearOperator, Operator
+from invdiff.operators.base import SVD, LinearOperator, Operator
 from invdiff.operators.composition import Affine, LinearComposition
 from invdiff.operators.solvers import Graphs, conjugate_gradient
 from invdiff.priors.base import Curvature, half_multiplicity
@@ -83,6 +84,18 @@ class LinearGaussian:
     def has_svd(self) -> bool:
         """Whether functions of A A^T + R are closed forms: an SVD of A, and scalar R."""
         return self.noise_std.ndim == 0 and self.operator.svd is not None
+
+    def needed_svd(self) -> SVD:
+        """Return the operator's SVD.
+
+        Raises
+        ------
+        CapabilityError
+            If it has none.
+        """
+        if self.operator.svd is None:
+            raise CapabilityError(f"{type(self.operator).__name__} has no SVD, in whose basis this sampler works.")
+        return self.operator.svd
 
     def rows(self, index: Tensor) -> "LinearGaussian":
         """Return the problem whose row i holds measurement ``index[i]``."""

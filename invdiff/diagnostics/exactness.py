@@ -25,7 +25,7 @@ from invdiff import metrics
 from invdiff.driver import Sampler
 from invdiff.errors import CapabilityError
 from invdiff.operators import Blur, Downsampling, Inpainting, gaussian_kernel, random_mask
-from invdiff.operators.base import LinearOperator
+from invdiff.operators.base import SVD, LinearOperator
 from invdiff.priors.exact import GaussianPosterior
 from invdiff.priors.field import FieldPrior
 from invdiff.priors.gaussian import GaussianPrior
@@ -96,6 +96,16 @@ class _Sum(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         """Repeat."""
         return y.expand(-1, 2)
+
+    @property
+    def svd(self) -> SVD:
+        """Sum and difference, over the square root of two."""
+
+        def turned(c: Tensor) -> Tensor:
+            return torch.stack((c[:, 0] + c[:, 1], c[:, 0] - c[:, 1]), dim=1) / sqrt(2.0)
+
+        values = torch.tensor([sqrt(2.0), 0.0], dtype=torch.float64)
+        return SVD(values, lambda c: c[:, :1], lambda y: torch.cat((y, torch.zeros_like(y)), dim=1), turned, turned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,10 @@ from invdiff.samplers.ddrm import DDRM
 from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.fk_steering import FKSteering
+from invdiff.samplers.fps import FPS
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
+from invdiff.samplers.mcgdiff import MCGDiff
 from invdiff.samplers.particles import BirthDeath, Resampling, Residual, Stratified, Systematic
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.red_diff import REDDiff
@@ -25,6 +27,7 @@ __all__ = [
     "DDNM",
     "DDRM",
     "DPS",
+    "FPS",
     "TDS",
     "ULA",
     "BirthDeath",
@@ -36,6 +39,7 @@ __all__ = [
     "Jacobian",
     "Langevin",
     "Levels",
+    "MCGDiff",
     "PiGDM",
     "REDDiff",
     "Resampling",
