@@ -342,9 +342,7 @@ class TransportLangevin(Sampler):
         return near
 
 
-def tilted(
-    linear: LinearGaussian, rows: LinearGaussian, z: Tensor, sigma: float, extra: float, noise: Noise
-) -> Tensor:
+def tilted(linear: LinearGaussian, rows: LinearGaussian, z: Tensor, sigma: float, extra: float, noise: Noise) -> Tensor:
     """Draw of N(m, sigma^2) N(y; A z, R + extra A A^T) from z ~ N(m, sigma^2), by perturbation and solution."""
     x, A = z.flatten(0, 1), linear.operator
     eps = noise.normal(noise.slots, A.out_shape).to(x.dtype)
