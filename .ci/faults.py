@@ -58,9 +58,9 @@ FAULTS = [
     ),
     (
         "one noise for all particles",
-        "invdiff/noise.py",
-        "            slot[:, None],",
-        "            0 * slot[:, None],",
+        "invdiff/kernels/philox_normal/reference.py",
+        "(block, slots[:, None],",
+        "(block, torch.zeros_like(slots)[:, None],",
         "tests/test_noise.py::test_streams_are_independent_of_each_other",
     ),
     (
