@@ -456,6 +456,18 @@ RUNS = {
         samplers.TransportLangevin(steps=3, refreshes=1, resampling=samplers.Systematic()),
         mixture_prior,
     ),
+    # A ladder so narrow that walkers make their round trips in a run this short.
+    "dmcmc": (
+        samplers.DMCMC(
+            steps=30,
+            rungs=2,
+            burn_in=20,
+            keep=3,
+            path=Noised(kappa=0.0),
+            levels=samplers.Levels(sigma_min=0.05, sigma_max=0.1),
+        ),
+        mixture_prior,
+    ),
     "split-gibbs": (samplers.SplitGibbs(steps=5, prior_steps=2), mixture_prior),
     "ula": (samplers.ULA(steps=6), mixture_prior),
     "ddrm": (samplers.DDRM(steps=6), mixture_prior),

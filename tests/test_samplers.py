@@ -34,6 +34,7 @@ ENTRIES = {
     samplers.DPS: (samplers.DPS(steps=40, scale=0.005), 0.5, (0.6, 1.15)),
     samplers.MCGDiff: (samplers.MCGDiff(steps=100), 0.5, (0.7, 1.25)),
     samplers.FPS: (samplers.FPS(steps=100), 0.5, (0.7, 1.25)),
+    samplers.DMCMC: (samplers.DMCMC(steps=30, rungs=8, keep=20), 0.25, (0.85, 1.15)),
     samplers.TDS: (samplers.TDS(steps=100), 0.35, (0.8, 1.15)),
     samplers.FKSteering: (samplers.FKSteering(steps=100), 0.5, (0.7, 1.25)),
     samplers.TransportLangevin: (samplers.TransportLangevin(steps=20), 0.25, (0.85, 1.15)),

@@ -7,6 +7,7 @@ from invdiff.samplers.daps import DAPS
 from invdiff.samplers.ddnm import DDNM
 from invdiff.samplers.ddrm import DDRM
 from invdiff.samplers.diffpir import DiffPIR
+from invdiff.samplers.dmcmc import DMCMC
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.fk_steering import FKSteering
 from invdiff.samplers.fps import FPS
@@ -26,6 +27,7 @@ __all__ = [
     "DAPS",
     "DDNM",
     "DDRM",
+    "DMCMC",
     "DPS",
     "FPS",
     "TDS",
