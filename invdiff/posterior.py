@@ -149,7 +149,7 @@ class Posterior:
             from torch._functorch import config
 
             config.donated_buffer = False
-            # One shape: code for any number of rows takes three times as long on a GPU.
+            # One shape: code for any number of rows is slower, and it is what a second shape would bring.
             self._denoise = torch.compile(self._denoise, dynamic=False)
         self._linear = linear_gaussian(self._likelihood, self._decoder)
         self._mean: Tensor | None = None
@@ -322,7 +322,7 @@ class Posterior:
         return torch.arange(p, device=z.device).repeat_interleave(m // p)
 
     def linear_rows(self, z: Tensor, function: Callable[..., Tensor], *more: Tensor) -> Tensor:
-        """Apply ``function(linear problem of the rows, rows, rows of more ...)`` many rows at once; as z in shape."""
+        """Apply ``function(linear problem of the rows, rows, rows of more ...)``, many rows at once; as z in shape."""
         if self._linear is None:
             raise CapabilityError("This problem is not linear with Gaussian noise.")
         flats, rows = [self._flat(t) for t in (z, *more)], self.rows(z)
