@@ -23,7 +23,7 @@ extensions = [
     "numpydoc",
     "myst_parser",
 ]
-TABLES = {"exactness": "exactness", "calibration": "calibration", "imaging_64": "imaging"}
+TABLES = {"exactness": "exactness", "calibration": "calibration", "imaging_64": "imaging", "imaging_256": "imaging"}
 """Tables, and the module of `invdiff.bench` that writes each."""
 exclude_patterns = ["_build", "generated", *(f"{name}_table.md" for name in TABLES)]
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -152,8 +152,17 @@ def test_tuning_testing_merging_and_the_table(tmp_path, monkeypatch):
     assert "| invdiff | good | 4 + 0 |" in text
     assert f"**{row['psnr_mean'][0]:.2f}" in text
     assert "Left out: DDRM (invdiff). " in text
-    # Two processes shared the machine: their seconds say nothing, those of one alone may be put beside.
+    # Processes that share a machine time nothing; a run of its own does.
     assert "| s a picture |" not in text
-    imaging.main(["table", "--out", str(out), "--table", str(table), "--times", str(parts[0])])
-    assert "| s a picture |" in table.read_text()
-    assert f"| 4 + 0 | {json.loads(parts[0].read_text())['rows'][0]['seconds_per_picture']:.2f} |" in table.read_text()
+    times = tmp_path / "times.json"
+    imaging.main(
+        ["time", *common, "--pictures", "2", "--repeats", "2", "--settings", str(settings), "--out", str(times)]
+    )
+    timed = json.loads(times.read_text())
+    first = timed["rows"][0]
+    assert first["over_network"] == pytest.approx(
+        first["seconds_per_picture"] * 2 / (first["evaluations"] * timed["network_seconds"]), rel=0.05
+    )
+    imaging.main(["table", "--out", str(out), "--table", str(table), "--times", str(times)])
+    assert "| s a picture | x network |" in table.read_text()
+    assert f"| 4 + 0 | {first['seconds_per_picture']:.2f} | {first['over_network']:.2f} |" in table.read_text()

@@ -308,5 +308,10 @@ def test_some_samplers_are_run_again_in_the_file_there_is():
         ("q c", 2),
     ]
     assert found["left_out"] == ["kept"]
+    assert [r["problem"] + " " + r["sampler"] for r in bench.update(old, new, ["b", "a"])["rows"]] == [
+        "p b",
+        "q c",
+        "q c",
+    ]
     with pytest.raises(InputError, match="file's draws is 4, this run's is 5"):
         bench.update(old, new | {"draws": 5})

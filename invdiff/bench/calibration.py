@@ -5,9 +5,9 @@
     python -m invdiff.bench.calibration --merge PART PART ... --out docs/calibration.json --table ...
 
 Truths are draws of the prior itself, so that its own error does not enter but for the truths' discretisation. Every
-sampler sees the same truths and measurements. PiGDM and SplitGibbs run at three numbers of network evaluations, the
-others at the largest, all with default settings. With ``--worker i/k`` one of k processes does its share; ``--merge``
-joins their files. The file is written after every row and holds no times.
+sampler sees the same truths and measurements. Those that improve with steps run at three numbers of network
+evaluations, the others at the largest, all with default settings. With ``--worker i/k`` one of k processes does its
+share; ``--merge`` joins their files. The file is written after every row and holds no times.
 """
 
 import argparse
@@ -38,7 +38,7 @@ EVALUATIONS = (10, 30, 90)
 QUICK = {"truths": 8, "draws": 19, "evaluations": (5, 10)}
 OBSERVED = 0.3
 BLUR = (15, 1.5)
-GROWING = ("PiGDM", "SplitGibbs")
+GROWING = ("PiGDM", "SplitGibbs", "TransportLangevin")
 NAMES = (*GROWING, "DPS", "DAPS", "DDRM", "DDNM", "DiffPIR", "REDDiff", "ULA", "ImportanceSampling")
 
 
@@ -146,7 +146,9 @@ def takes_steps(prior: Any) -> bool:
 
 def collect(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any]:
     """Run this worker's share, and write the file after every row."""
-    plan = Plan(**QUICK) if options.quick else Plan(truths=TRUTHS, draws=DRAWS, evaluations=EVALUATIONS)  # type: ignore[arg-type]
+    plan = Plan(truths=TRUTHS, draws=options.draws, evaluations=tuple(options.evaluations))
+    if options.quick:
+        plan = Plan(**QUICK)  # type: ignore[arg-type]
     c, h, w = prior.shape
     index, workers = (int(part) for part in options.worker.split("/"))
     operators = tasks((c, h, w))
@@ -290,6 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="8 truths, 19 draws, few evaluations")
     parser.add_argument("--only", nargs="*", choices=NAMES, help="samplers; all if left out")
     parser.add_argument("--tasks", nargs="*", choices=tuple(tasks((1, 16, 16))), help="all if left out")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of each truth")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="passes a draw, rising")
     parser.add_argument("--worker", default="0/1", help="i/k: this process's share")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of the workers to join; runs nothing")
     options = parser.parse_args(arguments)

@@ -47,7 +47,7 @@ from invdiff.solve import solve
 EVALUATIONS = 50
 """Network evaluations a draw, forward; backward ones are reported."""
 MICRO_BATCH = {64: 52, 256: 16}
-"""Pictures in one pass through the network, by their side: one number a side, so that the network is compiled once."""
+"""Pictures in one differentiated pass through the network, by their side; other passes hold all rows of a run."""
 
 Range = tuple[float, float] | tuple[str, ...] | list[Any]
 """(low, high) for a logarithmically uniform number, or a list to choose from."""
@@ -294,6 +294,9 @@ def run(
     CapabilityError
         If the contender cannot do the task.
     """
+    size = len(batch.problems) * draws
+    if contender.gradient:
+        size = min(size, MICRO_BATCH[batch.truths.shape[-1]])
     began = time.perf_counter()
     if contender.make is not None:
         solutions = solve(
@@ -303,7 +306,7 @@ def run(
             draws=draws,
             seed=0,
             device=device,
-            micro_batch=MICRO_BATCH[batch.truths.shape[-1]],
+            micro_batch=size,
             precision=precision,
             compile=compiled,
         )
@@ -319,7 +322,7 @@ def run(
         contender.peer,
         {**contender.fixed, **settings},
         likelihood,
-        lambda passes: to_deepinv(_Shared(prior, passes, precision, compiled=compiled)),
+        lambda passes: to_deepinv(_Shared(prior, passes, precision, size, compiled=compiled)),
         tuple(prior.shape),
         draws,
         seed=0,
@@ -334,11 +337,11 @@ class _Shared:
     """A prior whose network runs as `Posterior` runs it: compiled, in a lower precision, by micro-batches."""
 
     def __init__(
-        self, prior: DiffusionPrior, passes: deepinv_samplers.Passes, precision: str, *, compiled: bool
+        self, prior: DiffusionPrior, passes: deepinv_samplers.Passes, precision: str, size: int, *, compiled: bool
     ) -> None:
         self.shape, self.sigma_min, self.sigma_max = prior.shape, prior.sigma_min, prior.sigma_max
         self.decoder: Any = getattr(prior, "decoder", None)
-        self._passes, self._level = passes, PRECISIONS[precision]
+        self._passes, self._level, self._size = passes, PRECISIONS[precision], size
         self._denoise = torch.compile(prior.denoise, dynamic=False) if compiled else prior.denoise
 
     def denoise(self, z: Tensor, sigma: Sigma) -> Tensor:
@@ -347,8 +350,7 @@ class _Shared:
         levels = sigma if isinstance(sigma, Tensor) else torch.full((len(z),), sigma, device=z.device)
         parts = []
         with torch.autocast(z.device.type, dtype=self._level) if self._level is not None else nullcontext():
-            size = MICRO_BATCH[z.shape[-1]]
-            for x, level in zip(torch.split(z, size), torch.split(levels, size), strict=True):
+            for x, level in zip(torch.split(z, self._size), torch.split(levels, self._size), strict=True):
                 if x.requires_grad:
                     x.register_hook(self._count)  # type: ignore[no-untyped-call]
                 parts.append(self._denoise(x.to(torch.float32), level.to(torch.float32)))

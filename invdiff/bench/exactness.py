@@ -85,7 +85,7 @@ def ours(*, quick: bool) -> list[tuple[str, Sampler, tuple[int, ...]]]:
         ("DDRM", DDRM(), few[:1] if quick else (20, 100)),
         ("DDRM, eta 1", DDRM(eta=1.0), few[:1] if quick else (100,)),
         ("DDNM", DDNM(), few[:1] if quick else (20, 100)),
-        ("DDNM, eta 1", DDNM(eta=1.0), few[:1] if quick else (100,)),
+        ("DDNM, eta 0.85", DDNM(eta=0.85), few[:1] if quick else (100,)),
         ("DiffPIR", DiffPIR(), few[:1] if quick else (20, 100)),
         ("DiffPIR, zeta 1", DiffPIR(zeta=1.0), few[:1] if quick else (100,)),
         ("RED-diff", REDDiff(), few[:1] if quick else (100, 400)),
@@ -251,8 +251,10 @@ def table(report: dict[str, Any], source: str, target: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def update(old: dict[str, Any], new: dict[str, Any], only: Sequence[str] = ()) -> dict[str, Any]:
     """Put the new rows of samplers in the place of their old ones, or at the end of their problem.
+
+    Old rows of those that were run, ``only``, and have no new ones go: a sampler that has left the benchmark.
 
     Raises
     ------
@@ -269,8 +271,10 @@ def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             key = (r["problem"], r["library"], r["sampler"])
             groups[key] = [*groups.get(key, []), r] if key in seen else [r]  # a key keeps its place
             seen.add(key)
+        gone = groups.keys() - seen  # after the second turn, what the new run has not
     order = [p["name"] for p in new["problems"]]
-    rows = sorted((r for group in groups.values() for r in group), key=lambda r: order.index(r["problem"]))
+    kept = (r for key, group in groups.items() if key not in gone or key[2] not in only for r in group)
+    rows = sorted(kept, key=lambda r: order.index(r["problem"]))
     return old | {"rows": rows}
 
 
@@ -286,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     report = collect(quick=options.quick, only=options.only)
     if options.only:
-        report = update(json.loads(options.out.read_text()), report)
+        report = update(json.loads(options.out.read_text()), report, options.only)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.table is not None:
         report = json.loads(options.out.read_text())

@@ -3,13 +3,15 @@
     python -m invdiff.bench.imaging tune --data FOLDER --out docs/imaging_settings.json
     python -m invdiff.bench.imaging test --data FOLDER --settings docs/imaging_settings.json --out docs/imaging_64.json
     python -m invdiff.bench.imaging test ... --side 256 --pictures 8 --out docs/imaging_256.json
-    python -m invdiff.bench.imaging table --out docs/imaging_64.json --table docs/imaging_64_table.md
+    python -m invdiff.bench.imaging time ... --out docs/imaging_times.json
+    python -m invdiff.bench.imaging table --out docs/imaging_64.json --table docs/imaging_64_table.md [--times FILE]
 
 ``tune`` gives every contender the same number of trials (its defaults, then seeded draws from its ranges) on the same
 validation pictures and a kernel or mask that no test has, and keeps the settings with the best CRPS. ``test`` runs them
 once on the test split. All have the same prior, precision, measurements, number of draws and bound on network
 evaluations. Several processes with one ``--claim`` folder divide the work among them, and ``merge`` joins their files;
-their seconds are then no measure of speed.
+their seconds are then no measure of speed. ``time`` alone on a machine is: the second of two runs of each contender on
+13 pictures, and the network alone on as many draws.
 """
 
 import argparse
@@ -17,9 +19,11 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,8 +31,10 @@ import torch
 import invdiff
 from invdiff import metrics
 from invdiff.bench.contenders import CONTENDERS, EVALUATIONS, Contender, Result, run, trial
+from invdiff.bench.imaging_table import table
 from invdiff.bench.tasks import NOISE_STD, TASKS, VALIDATION_SEED, Group, group, pictures, tests
 from invdiff.errors import InvdiffError
+from invdiff.posterior import PRECISIONS
 from invdiff.priors.base import DiffusionPrior
 from invdiff.priors.loading import load_prior
 
@@ -189,6 +195,51 @@ def test(options: argparse.Namespace, prior: DiffusionPrior, note: Callable[[dic
         )
 
 
+def network_seconds(prior: DiffusionPrior, rows: int, options: argparse.Namespace) -> float:
+    """Median time of one pass of the network alone over so many pictures."""
+    level, device = PRECISIONS[options.precision], torch.device(options.device)
+    z = torch.randn(rows, *prior.shape, device=device, generator=torch.Generator(device).manual_seed(0))
+    sigma = torch.full((rows,), 0.3, device=device)
+    denoise = torch.compile(prior.denoise, dynamic=False) if options.compile else prior.denoise
+    took = []
+    for _ in range(options.repeats + 1):
+        began = time.perf_counter()
+        with torch.no_grad(), torch.autocast(device.type, dtype=level) if level is not None else nullcontext():
+            denoise(z, sigma)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return median(took[1:])
+
+
+def clock(
+    options: argparse.Namespace, prior: DiffusionPrior, report: dict[str, Any], note: Callable[[dict[str, Any]], None]
+) -> None:
+    """Time the network, and tuned settings on the first pictures of each task with the kernel or mask of validation."""
+    tuned = {(r["task"], r["contender"]): r for r in json.loads(options.settings.read_text())["rows"]}
+    truths = pictures(options.data, 64, "test", options.pictures)
+    report["network_seconds"] = round(network_seconds(prior, len(truths) * options.draws, options), 6)
+    batches = {task: group(task, truths, list(range(len(truths))), VALIDATION_SEED) for task in TASKS}
+    for task, contender in jobs(options):
+        row: dict[str, Any] = {"task": task, "contender": contender.name}
+        settings, batch = tuned[task, contender.name]["best"], batches[task]
+        if settings is None:
+            note(row | {"failed": tuned[task, contender.name]["trials"][0]["failed"]})
+            continue
+        attempt(contender, settings, batch, prior, options)  # compiles
+        found = attempt(contender, settings, batch, prior, options)
+        if isinstance(found, str):
+            note(row | {"failed": found})
+            continue
+        result = found[0]
+        ratio = result.seconds / (result.evaluations * report["network_seconds"])
+        note(
+            row
+            | {"evaluations": result.evaluations, "backward": result.backward}
+            | {"seconds_per_picture": round(result.seconds / len(truths), 4), "over_network": round(ratio, 3)}
+        )
+
+
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report, its rows one a line."""
     head = json.dumps({k: v for k, v in report.items() if k != "rows"}, indent=1)
@@ -207,81 +258,15 @@ def merge(out: Path, parts: Sequence[Path]) -> None:
     write(out, reports[0] | {"processes": len(parts), "rows": rows})
 
 
-_COLUMNS = (
-    ("psnr_mean", "PSNR of the mean, dB", 2),
-    ("psnr_draw", "PSNR of a draw, dB", 2),
-    ("ssim_mean", "SSIM of the mean", 3),
-    ("crps", "CRPS x 1000", 2),
-    ("coverage", "coverage", 3),
-    ("spread_skill", "spread / skill", 2),
-    ("chi_square", "chi-square", 2),
-)
-
-
-def _cell(row: Mapping[str, Any], key: str, digits: int, best: float | None) -> str:
-    value, error = (1000 * v for v in row[key]) if key == "crps" else row[key]
-    text = f"{value:.{digits}f} ± {error:.{digits}f}"
-    return f"**{text}**" if best is not None and value == best else text
-
-
-def table(report: Mapping[str, Any], source: str, times: Mapping[str, Any] | None = None) -> str:
-    """Markdown from the file alone; the best mean of a column that has a best is bold.
-
-    Parameters
-    ----------
-    report, source
-        What `test` wrote, and where.
-    times
-        What a `test` of one process on an otherwise idle device wrote, for the seconds, where the report's processes
-        shared one.
-    """
-    if times is None and report["processes"] == 1:
-        times = report
-    timed = times["rows"] if times else []
-    seconds = {(r["task"], r["contender"]): r["seconds_per_picture"] for r in timed if "failed" not in r}
-    n, versions = report["draws"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    about = (
-        f"{report['pictures']} pictures of {report['side']} x {report['side']}, prior {report['prior']}, noise "
-        f"{report['noise_std']}, {n} draws a picture, at most {report['evaluations']} network evaluations a draw; "
-        f"{report['device']}, {report['precision']}; {versions}. Means with standard errors over pictures. Coverage is "
-        f"that of the range of {n} draws, {(n - 1) / (n + 1):.3f} if calibrated; spread / skill and the reduced "
-        "chi-square of single draws are 1 if calibrated. Passes: through the network, a draw, forward + backward."
-    )
-    text = [f"Made from `{source}` by `python -m invdiff.bench.imaging table`; not edited by hand.", "", about]
-    for task, title in TASKS.items():
-        rows = [r for r in report["rows"] if r["task"] == task]
-        done = [r for r in rows if "failed" not in r]
-        if not rows:
-            continue
-        best = {
-            key: (min if key == "crps" else max)(1000 * r[key][0] if key == "crps" else r[key][0] for r in done)
-            for key in ("psnr_mean", "psnr_draw", "ssim_mean", "crps")
-        }
-        text += ["", f"### {title}", ""]
-        titles = ["library", "sampler", "passes", *(["s a picture"] if seconds else []), *(c[1] for c in _COLUMNS)]
-        text += ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
-        for r in sorted(done, key=lambda r: r["crps"][0]):
-            cells = [_cell(r, key, digits, best.get(key)) for key, _, digits in _COLUMNS]
-            passes = f"{r['evaluations']:.0f} + {r['backward']:.0f}"
-            if seconds:
-                took = seconds.get((task, r["contender"]))
-                cells.insert(0, "" if took is None else f"{took:.2f}")
-            text.append("| " + " | ".join([r["library"], r["contender"], passes, *cells]) + " |")
-        text += [f"\nLeft out: {r['contender']} ({r['library']}). {r['failed']}" for r in rows if "failed" in r]
-        missing = [c.name for c in CONTENDERS if c.name not in {r["contender"] for r in rows}]
-        text += [f"\nNot run: {', '.join(missing)}."] if missing else []
-    return "\n".join(text) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(prog="invdiff.bench.imaging", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=("tune", "test", "merge", "table"))
+    parser.add_argument("command", choices=("tune", "test", "time", "merge", "table"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--settings", type=Path, help="what `tune` wrote")
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--times", type=Path, help="file of a quiet `test`, for the table's seconds")
+    parser.add_argument("--times", type=Path, help="what `time` wrote, for the table's seconds")
     parser.add_argument("--parts", type=Path, nargs="*", default=[], help="files that `merge` joins")
     parser.add_argument("--prior", default="photos-64")
     parser.add_argument("--side", type=int, choices=(64, 256), default=64)
@@ -290,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--only", nargs="*", help="contenders")
     parser.add_argument("--tasks", nargs="*", choices=tuple(TASKS))
+    parser.add_argument("--repeats", type=int, default=20, help="passes of the network alone that `time` takes")
     parser.add_argument("--claim", type=Path, help="empty folder that several processes share to divide the work")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
@@ -315,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         config.donated_buffer = False
     if options.precision != "float32" and torch.device(options.device).type == "cuda":
         prior = prior.to(memory_format=torch.channels_last)  # as `Posterior` has it; for all contenders alike
-    if options.command == "tune":
+    if options.command in ("tune", "time"):
         options.pictures = min(options.pictures, TOGETHER[64])
     report = about(options, prior) | {"benchmark": f"imaging {options.command}", "side": options.side}
     report |= {"pictures": options.pictures, "processes": 1, "rows": []}
@@ -327,7 +313,10 @@ def main(arguments: list[str] | None = None) -> None:
         write(options.out, report)
         print(json.dumps({k: v for k, v in row.items() if not k.startswith("each_") and k != "trials"}), flush=True)
 
-    (tune if options.command == "tune" else test)(options, prior, note)
+    if options.command == "time":
+        clock(options, prior, report, note)
+    else:
+        (tune if options.command == "tune" else test)(options, prior, note)
 
 
 if __name__ == "__main__":

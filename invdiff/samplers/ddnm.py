@@ -27,13 +27,12 @@ it is put on the state. An operator without an SVD is refused: a pseudo-inverse 
 
 Biased, in no limit exact: D is the prior's denoiser, which knows the measurement through the state alone, and the same
 n is put in again at every level as if it were new, so that the draws gather about it. Measured on inpainting, blur and
-down-sampling of a Gaussian field (12 x 12, noise 0.05; exact draws give 1, 1, 0.90 and 0) at 20 steps: variance 0.58,
-0.36 and 0.46 of the posterior's, whitened norm 0.62, 0.86 and 0.45, 0.69, 0.59 and 0.73 of the mass in 90 % intervals,
-and the mean off by 0.69, 0.65 and 0.08 posterior standard deviations; at 100 steps variance 0.71, 0.37 and 0.65,
-whitened 0.83, 4.86 and 0.71, mass 0.67, 0.36 and 0.81, mean 0.57, 1.90 and 0.22. At 100 steps with eta = 0: variance
-0.64, 0.01 and 0.61, whitened 0.80, 14.1 and 0.70, mass 0.51, 0.04 and 0.79; with eta = 1: variance 0.95, 0.74 and 0.75,
-whitened 0.99, 0.80 and 0.78, mass 0.85, 0.82 and 0.84. Three walks of each level take the mean on inpainting from 0.57
-to 0.24 off, with variance 0.52 and mass 0.66, and change the other two little.
+down-sampling of a Gaussian field (12 x 12, noise 0.05; exact draws give 1, 1, 0.90 and 0) at 20 steps: variance 0.67,
+0.64 and 0.58 of the posterior's, whitened norm 0.68, 0.70 and 0.57, 0.75, 0.81 and 0.79 of the mass in 90 % intervals,
+and the mean off by 0.69, 0.16 and 0.17 posterior standard deviations; at 100 steps variance 0.95, 0.74 and 0.75,
+whitened 0.99, 0.80 and 0.78, mass 0.85, 0.82 and 0.84, mean 0.57, 0.31 and 0.16. At 100 steps with the paper's
+eta = 0.85: variance 0.71, 0.37 and 0.65, whitened 0.83, 4.86 and 0.71, mass 0.67, 0.36 and 0.81, mean 0.57, 1.90 and
+0.22.
 
 Cost: ``repeats`` forward passes a level.
 """
@@ -67,7 +66,7 @@ class DDNM(Annealed):
         Noise levels.
     eta
         Share of fresh noise where the measurement is noisier than what a step adds, in [0, 1]; the rest is the
-        measurement's. 0 is the paper's eq. 19.
+        measurement's. 0 is the paper's eq. 19; the paper's 0.85 diverged on Gaussian deblurring under photos-64.
     travel_length
         Levels of a stretch of time travel.
     repeats
@@ -77,7 +76,7 @@ class DDNM(Annealed):
     """
 
     steps: int = 100
-    eta: float = 0.85
+    eta: float = 1.0
     travel_length: int = 1
     repeats: int = 1
     levels: Levels = field(default_factory=Levels)

@@ -1,0 +1,82 @@
+"""Tables of the benchmark on photographs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from invdiff.bench.contenders import CONTENDERS
+from invdiff.bench.tasks import TASKS
+
+_COLUMNS = (
+    ("psnr_mean", "PSNR of the mean, dB", 2),
+    ("psnr_draw", "PSNR of a draw, dB", 2),
+    ("ssim_mean", "SSIM of the mean", 3),
+    ("crps", "CRPS x 1000", 2),
+    ("coverage", "coverage", 3),
+    ("spread_skill", "spread / skill", 2),
+    ("chi_square", "chi-square", 2),
+)
+
+
+def _cell(row: Mapping[str, Any], key: str, digits: int, best: float | None) -> str:
+    value, error = (1000 * v for v in row[key]) if key == "crps" else row[key]
+    text = f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if best is not None and value == best else text
+
+
+def table(report: Mapping[str, Any], source: str, times: Mapping[str, Any] | None = None) -> str:
+    """Markdown from the file alone; the best mean of a column that has a best is bold.
+
+    Parameters
+    ----------
+    report, source
+        What `test` wrote, and where.
+    times
+        What `time` wrote, for the seconds and for their ratio to the network's alone.
+    """
+    timed = {(r["task"], r["contender"]): r for r in (times["rows"] if times else []) if "failed" not in r}
+    n, versions = report["draws"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    about = (
+        f"{report['pictures']} pictures of {report['side']} x {report['side']}, prior {report['prior']}, noise "
+        f"{report['noise_std']}, {n} draws a picture, at most {report['evaluations']} network evaluations a draw; "
+        f"{report['device']}, {report['precision']}; {versions}. Means with standard errors over pictures. Coverage is "
+        f"that of the range of {n} draws, {(n - 1) / (n + 1):.3f} if calibrated; spread / skill and the reduced "
+        "chi-square of single draws are 1 if calibrated. Passes: through the network, a draw, forward + backward."
+    )
+    if times:
+        about += (
+            f" Seconds: {times['pictures']} pictures in one run, {times['device']}, torch "
+            f"{times['versions']['torch']}; x network: over the forward passes alone, "
+            f"{1000 * times['network_seconds']:.2f} ms for {times['pictures'] * times['draws']} draws."
+        )
+    text = [f"Made from `{source}` by `python -m invdiff.bench.imaging table`; not edited by hand.", "", about]
+    for task, title in TASKS.items():
+        rows = [r for r in report["rows"] if r["task"] == task]
+        done = [r for r in rows if "failed" not in r]
+        if not rows:
+            continue
+        best = {
+            key: (min if key == "crps" else max)(1000 * r[key][0] if key == "crps" else r[key][0] for r in done)
+            for key in ("psnr_mean", "psnr_draw", "ssim_mean", "crps")
+        }
+        text += ["", f"### {title}", ""]
+        titles = [
+            "library",
+            "sampler",
+            "passes",
+            *(["s a picture", "x network"] if timed else []),
+            *(c[1] for c in _COLUMNS),
+        ]
+        text += ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
+        for r in sorted(done, key=lambda r: r["crps"][0]):
+            cells = [_cell(r, key, digits, best.get(key)) for key, _, digits in _COLUMNS]
+            passes = f"{r['evaluations']:.0f} + {r['backward']:.0f}"
+            if timed:
+                took = timed.get((task, r["contender"]))
+                cells[:0] = (
+                    ["", ""] if took is None else [f"{took[k]:.2f}" for k in ("seconds_per_picture", "over_network")]
+                )
+            text.append("| " + " | ".join([r["library"], r["contender"], passes, *cells]) + " |")
+        text += [f"\nLeft out: {r['contender']} ({r['library']}). {r['failed']}" for r in rows if "failed" in r]
+        missing = [c.name for c in CONTENDERS if c.name not in {r["contender"] for r in rows}]
+        text += [f"\nNot run: {', '.join(missing)}."] if missing else []
+    return "\n".join(text) + "\n"
