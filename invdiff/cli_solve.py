@@ -82,7 +82,7 @@ def run_solve(request: Request) -> None:
     posterior = Posterior(task, prior, device=device, micro_batch=batch, precision=request.precision)
     reason = "given"
     if sampler is None:
-        sampler, reason = choose_sampler(posterior)
+        sampler, reason = choose_sampler(posterior, request.draws)
         sampler = apply(sampler, settings["sampler"] | _steps(request))
     elif not any(key.startswith("covariance") for key in settings["sampler"]):
         sampler = apply(choose_variant(type(sampler), posterior), settings["sampler"] | _steps(request))

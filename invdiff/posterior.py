@@ -204,7 +204,8 @@ class Posterior:
         Of likelihood_gradient, denoiser, denoiser_vjp, curvature, gaussian, linear, svd, masked.
         """
         found = set()
-        if getattr(self._likelihood, "differentiable", True):
+        # A likelihood's operators, and those that they are made of, are its modules.
+        if all(getattr(module, "differentiable", True) for module in self._likelihood.modules()):
             found.add("likelihood_gradient")
         if isinstance(self._likelihood, Gaussian):
             found.add("gaussian")

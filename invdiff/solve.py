@@ -17,6 +17,9 @@ from invdiff.priors.loading import load_prior
 from invdiff.problem import Problem, load_problem
 from invdiff.solution import Solution
 
+PARTICLES, MEASURED = 256, 64
+"""Fewest draws, and most measured values, for which weighted particles are chosen."""
+
 
 def sampler_classes() -> dict[str, type[Sampler]]:
     """Samplers by lower-case name."""
@@ -67,9 +70,21 @@ def choose_variant(cls: type[Sampler], posterior: Posterior) -> Sampler:
     return cls()
 
 
-def choose_sampler(posterior: Posterior) -> tuple[Sampler, str]:
-    """Return the sampler that `solve` takes if none is given, and why."""
+def choose_sampler(posterior: Posterior, draws: int) -> tuple[Sampler, str]:
+    """Return the sampler that `solve` takes if none is given, and why.
+
+    Weighted particles are right on any number of modes and give the evidence, if they are many and few values were
+    measured: log-weights spread as the measured values grow. Elsewhere draws of equal weight are worth more.
+    """
     can = posterior.capabilities
+    measured = posterior.measurements
+    if draws >= PARTICLES and measured <= MEASURED:
+        carried = f"{measured} measured values, which {draws} weighted particles can carry"
+        if {"denoiser", "linear", "likelihood_gradient"} <= can:
+            weighted = samplers.TransportLangevin(resampling=samplers.Systematic(), conditional_ess=0.9)
+            return weighted, f"linear-Gaussian problem of {carried}: exact in the limit, with evidence"
+        if {"denoiser", "denoiser_vjp", "likelihood_gradient"} <= can:
+            return samplers.TDS(), f"a problem that is not linear with Gaussian noise, of {carried}: twisted particles"
     if {"denoiser", "linear", "curvature"} <= can:
         return (
             samplers.PiGDM(covariance=samplers.Spectral()),
@@ -80,7 +95,7 @@ def choose_sampler(posterior: Posterior) -> tuple[Sampler, str]:
     if {"denoiser", "denoiser_vjp", "likelihood_gradient"} <= can:
         return samplers.DPS(), "the problem is not linear with Gaussian noise: gradient guidance"
     if "denoiser" in can:
-        return samplers.ImportanceSampling(), "the likelihood has no gradient: importance sampling from the prior"
+        return samplers.FKSteering(), "the likelihood has no gradient: particles steered by its values alone"
     raise CapabilityError(
         f"No sampler here can run on a posterior with the capabilities {', '.join(sorted(can)) or 'none'}."
     )
@@ -139,7 +154,8 @@ def solve(
         A prior, or the name of a shipped one or a path to one.
     sampler
         A sampler; or its name, for its default settings (PiGDM's covariance is Spectral where the prior has a
-        curvature); chosen by what the problem and the prior can do if None. The provenance says why.
+        curvature); chosen by what the problem, the prior and the number of draws allow if None. The provenance says
+        why.
     draws, chains
         Draws in a chain, and independent chains (ensembles).
     seed
@@ -194,7 +210,7 @@ def solve(
             elif isinstance(sampler, Sampler):
                 chosen, reason = sampler, "given"
             else:
-                chosen, reason = choose_sampler(posterior)
+                chosen, reason = choose_sampler(posterior, draws)
             check_able(chosen, posterior)
             solutions = posterior.sample(
                 chosen,

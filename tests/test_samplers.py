@@ -19,7 +19,7 @@ from invdiff.operators.base import Operator
 from invdiff.posterior import Posterior
 from invdiff.priors import FieldPrior, GaussianPrior
 from invdiff.problem import Problem
-from invdiff.solve import sampler_by_name, sampler_classes
+from invdiff.solve import choose_sampler, sampler_by_name, sampler_classes
 
 F64 = torch.float64
 SHAPE = (1, 4, 4)
@@ -308,6 +308,30 @@ def test_solve_chooses_by_what_can_be_done(operator, prior, chosen):
     assert about["sampler"] == chosen
     assert ("Jacobian" in about["sampler_settings"]) == isinstance(prior, Least)
     assert about["sampler_reason"] != "given"
+
+
+class Blind(Bend):
+    differentiable = False
+
+
+@pytest.mark.parametrize(
+    ("operator", "draws", "chosen"),
+    [
+        (mask(), 256, "TransportLangevin"),
+        (mask(), 255, "PiGDM"),
+        (Bend(SHAPE, SHAPE), 256, "TDS"),
+        (Blind(SHAPE, SHAPE), 256, "FKSteering"),
+        (Blind(SHAPE, SHAPE), 2, "FKSteering"),
+    ],
+)
+def test_many_draws_of_few_measured_values_are_weighted(operator, draws, chosen):
+    posterior = Posterior(Problem(likelihoods.Gaussian(operator, normal(*operator.out_shape), 0.5)), field())
+    assert posterior.measurements == math.prod(operator.out_shape)
+    sampler, reason = choose_sampler(posterior, draws)
+    assert type(sampler).__name__ == chosen
+    assert ("particles" in reason) == (chosen != "PiGDM")
+    if chosen == "TransportLangevin":
+        assert sampler.exact
 
 
 class Least:

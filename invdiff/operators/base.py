@@ -75,9 +75,13 @@ class Operator(nn.Module, ABC):
     complex_output
         Whether the outputs for real inputs are complex; False unless an operator says so. A likelihood refuses a
         measurement of the other kind.
+    differentiable
+        Whether autograd passes through it; False for a model that runs elsewhere, e.g. compiled code. Samplers that
+        need its gradient then refuse the problem, and `invdiff.solve` takes one that does not.
     """
 
     complex_output: bool = False
+    differentiable: bool = True
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
         super().__init__()
