@@ -73,7 +73,10 @@ def solve(
     checkpoint: Annotated[Path | None, typer.Option(help="Keep the state here; the same command then goes on.")] = None,
     precision: Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Restore a picture: draws from the posterior of a problem under a prior."""
+    """Restore a picture: draws from the posterior of a problem under a prior.
+
+    On several GPUs: torchrun --nproc-per-node=N -m invdiff solve ...; N divides --draws.
+    """
     from invdiff.cli_solve import Request, run_solve
 
     run_solve(
@@ -177,24 +180,28 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort) as interrupt:
-        return _say(f"Interrupted; {getattr(interrupt, 'kept', 'nothing was kept')}.", 130)
+        return _say(f"Interrupted; {getattr(interrupt, 'kept', 'nothing was kept')}.", 130, interrupt)
     except SamplingError as error:
-        return _say(str(error), 1)
+        return _say(str(error), 1, error)
     except InvdiffError as error:
-        return _say(str(error), 2)
+        return _say(str(error), 2, error)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last resort: people are told, once
         if hasattr(error, "format_message"):
-            return _say(_usage(error), 2)
+            return _say(_usage(error), 2, error)
         if os.environ.get("INVDIFF_TRACEBACK"):
             raise
-        return _say(_unexpected(error), 1)
+        return _say(_unexpected(error), 1, error)
     return 0
 
 
-def _say(message: str, status: int) -> int:
+def _say(message: str, status: int, error: BaseException) -> int:
+    from invdiff.peers import is_told
+
+    if is_told(error) and os.environ.get("RANK", "0") != "0":
+        return status  # of the processes of one run the first tells it
     print(f"invdiff: {message}", file=sys.stderr)  # noqa: T201 the one place that speaks of errors
     return status
 

@@ -44,7 +44,8 @@ def run_demo(folder: Path, *, device: str | None, seed: int) -> None:
     from rich.console import Console
 
     from invdiff.cli_cost import micro_batch
-    from invdiff.cli_solve import best_device, check_writable, kept, print_table, scores, write
+    from invdiff.cli_processes import best_device
+    from invdiff.cli_solve import check_writable, kept, print_table, scores, write
     from invdiff.priors.loading import load_prior
 
     console = Console(highlight=False, soft_wrap=True)

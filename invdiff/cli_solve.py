@@ -9,9 +9,10 @@ import torch
 
 from invdiff.driver import Sampler
 from invdiff.errors import CatalogueError, InputError
+from invdiff.parallel import Shard
 from invdiff.posterior import PRECISIONS, Posterior
 from invdiff.solution import Solution
-from invdiff.solve import as_device, check_able, choose_sampler, choose_variant, sampler_by_name, solve
+from invdiff.solve import check_able, choose_sampler, choose_variant, sampler_by_name, solve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,9 @@ class Request:
 
 
 def run_solve(request: Request) -> None:
-    """Solve a problem as the command line asked.
+    """Solve a problem as the command line asked; with the processes that torchrun started, where there are several.
+
+    Then each has an even share of the draws and a device of its own, and the first alone prints and writes.
 
     Raises
     ------
@@ -53,6 +56,13 @@ def run_solve(request: Request) -> None:
     KeyboardInterrupt
         After Ctrl-C, with ``kept`` saying what was kept.
     """
+    from invdiff.cli_processes import processes
+
+    with processes(request.device) as (shard, device), shard.together():
+        _run(request, shard, device)
+
+
+def _run(request: Request, shard: Shard, device: torch.device) -> None:
     from rich.console import Console
 
     from invdiff.cli_cost import LONG, least_seconds, measure, micro_batch, words
@@ -60,14 +70,15 @@ def run_solve(request: Request) -> None:
     from invdiff.cli_settings import apply, parse
     from invdiff.priors.loading import load_prior
 
-    console = Console(highlight=False, soft_wrap=True)
+    lead, share = shard.rank == 0, shard.share(request.draws) if request.draws > 0 else 0
+    console = Console(highlight=False, soft_wrap=True, quiet=not lead)
     settings = parse(request.settings)
     _check_numbers(request)
-    check_writable(request.out)
+    if lead:
+        check_writable(request.out)
     picture = request.picture or request.out.with_suffix(".png")
-    for path in filter(None, (picture, request.checkpoint)):
+    for path in filter(None, (picture if lead else None, request.checkpoint)):
         check_writable(path)
-    device = as_device(request.device) or best_device()
     sampler = _named_sampler(request, settings["sampler"])
     problem, lines = picture_problem(request, settings["operator"], settings["noise"])
     prior = load_prior(request.prior)
@@ -75,10 +86,12 @@ def run_solve(request: Request) -> None:
     grid = padded(shape, prior)
 
     cost = (sampler or sampler_by_name("pigdm", **_steps(request))).cost()
-    _refuse_long(least_seconds(prior, grid, cost, request.draws, device), "at least ", request, LONG)
+    # The first process's clock is everyone's, for all have to refuse or none.
+    seconds = shard.agree(least_seconds(prior, grid, cost, share, device))[0][0]
+    _refuse_long(seconds, "at least ", request, LONG)
     prior = prior.at(grid)
     task = on_grid(problem, grid)
-    batch = micro_batch(grid, request.draws, device)
+    batch = micro_batch(grid, share, device)
     posterior = Posterior(task, prior, device=device, micro_batch=batch, precision=request.precision)
     reason = "given"
     if sampler is None:
@@ -95,10 +108,12 @@ def run_solve(request: Request) -> None:
         ("sampler", describe(sampler) + ("" if reason == "given" else f"; {reason}")),
     ]
     print_table(console, rows)
-    estimate = measure(posterior, sampler, request.draws)
-    print_table(console, [("cost", f"{request.draws} draws, {estimate}, on {device}")])
-    _refuse_long(estimate.seconds, "about ", request, LONG)
-    if request.max_seconds is not None and estimate.seconds > request.max_seconds:
+    estimate = measure(posterior, sampler, share)
+    where = str(device) if shard.world == 1 else f"{shard.world} processes, each with its own {device.type}"
+    print_table(console, [("cost", f"{request.draws} draws, {estimate}, on {where}")])
+    seconds = shard.agree(estimate.seconds)[0][0]
+    _refuse_long(seconds, "about ", request, LONG)
+    if request.max_seconds is not None and seconds > request.max_seconds:
         console.print(f"[yellow]This may not end within --max-seconds {words(request.max_seconds)}.[/]")
     try:
         result: Solution = solve(
@@ -114,12 +129,16 @@ def run_solve(request: Request) -> None:
             max_seconds=request.max_seconds,
             progress=problem.name,
             checkpoint=request.checkpoint,
+            distributed=shard.world > 1,
         )
         solution = off_grid(result, problem).because(reason)
-        write(solution, request.out, picture)
+        if lead:
+            write(solution, request.out, picture)
     except KeyboardInterrupt as interrupt:
-        interrupt.kept = kept(request.checkpoint)  # type: ignore[attr-defined]  # the one who reports it looks for it
+        interrupt.kept = kept(request.checkpoint and shard.own(request.checkpoint))  # type: ignore[attr-defined]  # the one who reports it looks for it
         raise
+    if not lead:
+        return
     report(console, solution)
     console.print(f"Wrote [bold]{request.out}[/] and [bold]{picture}[/].")
 
@@ -173,11 +192,6 @@ def check_writable(path: Path) -> None:
             file.write(b"\0")
     except OSError as error:
         raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
-
-
-def best_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def kept(checkpoint: Path | None) -> str:

@@ -42,3 +42,7 @@ class SamplingError(InvdiffError, RuntimeError):
     def __init__(self, message: str, partial: object | None = None) -> None:
         super().__init__(message)
         self.partial = partial
+
+
+class PeerError(SamplingError):
+    """Another process of a distributed run failed, or is lost; the message says which where it is known."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from invdiff.errors import InputError
 from invdiff.kernels.philox_normal import philox_normal
 from invdiff.kernels.philox_normal.reference import philox_words
+from invdiff.parallel import ALONE, Shard
 
 _MASK = 0xFFFFFFFF
 _SHARED_SLOT = 0xFFFFFFFF  # slot number of the ensemble's own uniform; no particle has it
@@ -41,9 +42,16 @@ class Noise:
     keys
         One 64-bit key an ensemble, from `stream_key`.
     n
-        Particles in an ensemble. A flat slot is ``ensemble * n + particle``.
+        Particles in an ensemble, those of all processes. A flat slot is ``ensemble * n + particle``.
     device, dtype
         Where and as what the numbers are returned.
+    shard
+        Part of the particles that this process holds; all of them by default.
+
+    Raises
+    ------
+    InputError
+        If there is no particle, or the particles cannot be shared evenly.
     """
 
     def __init__(
@@ -53,10 +61,12 @@ class Noise:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        shard: Shard = ALONE,
     ) -> None:
         if n < 1 or not keys:
             raise InputError(f"Noise needs at least one ensemble of one particle, got {len(keys)} of {n}.")
         self.keys, self.n, self.device, self.dtype = tuple(keys), n, torch.device(device), dtype
+        self.shard, self._share = shard, shard.share(n)
         self.step = self.call = 0
         self._halves: Tensor | None = None
 
@@ -66,9 +76,16 @@ class Noise:
         return self
 
     @property
-    def slots(self) -> Tensor:
-        """All flat slots, shape (e * n,)."""
+    def all_slots(self) -> Tensor:
+        """Flat slots of all processes, shape (e * n,)."""
         return torch.arange(len(self.keys) * self.n, device=self.device)
+
+    @property
+    def slots(self) -> Tensor:
+        """Flat slots of this process's particles, shape (e * n / processes,)."""
+        if self.shard.world == 1:
+            return self.all_slots
+        return self.all_slots.reshape(len(self.keys), self.n)[:, self.shard.block(self.n)].flatten()
 
     def _key(self, ensemble: Tensor) -> Tensor:
         """Halves of the keys of some ensembles, shape (len(ensemble), 2)."""
@@ -92,10 +109,10 @@ class Noise:
         return z.reshape(len(slots), *shape)
 
     def like(self, z: Tensor) -> Tensor:
-        """Draw standard normals for all particles of a state of shape (e, n, *event)."""
+        """Draw standard normals for all particles of this process's state, shape (e, n / processes, *event)."""
         e, n = z.shape[:2]
-        if (e, n) != (len(self.keys), self.n):
-            raise InputError(f"The state holds {(e, n)} particles, the noise {(len(self.keys), self.n)}.")
+        if (e, n) != (len(self.keys), self._share):
+            raise InputError(f"The state holds {(e, n)} particles, the noise {(len(self.keys), self._share)}.")
         return self.normal(self.slots, z.shape[2:]).reshape(z.shape).to(z.dtype)
 
     def uniform(self, slots: Tensor, shape: Sequence[int] = ()) -> Tensor:

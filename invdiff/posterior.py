@@ -9,7 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import prod
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +26,7 @@ from invdiff.linear_gaussian import LinearGaussian, linear_gaussian
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator
 from invdiff.operators.composition import Affine
+from invdiff.parallel import ALONE, Shard
 from invdiff.potential import LogProbAndGrad, Path
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior, Sigma
 from invdiff.problem import Problem
@@ -42,7 +43,10 @@ _LINEAR_VALUES = 2**24
 
 @dataclass
 class Evaluations:
-    """Particles passed through the network and the likelihood, forward and backward."""
+    """Particles passed through the network and the likelihood, forward and backward.
+
+    This process's in the course of a distributed run, and those of all processes after it.
+    """
 
     denoiser: int = 0
     denoiser_vjp: int = 0
@@ -366,8 +370,14 @@ class Posterior:
         callback: Callback | None = None,
         checkpoint: str | FilePath | None = None,
         checkpoint_every: float = 30.0,
+        distributed: bool = False,
     ) -> "Solution | list[Solution]":
         """Draw from the posterior.
+
+        With ``distributed`` each ensemble is shared by the processes of torch.distributed: every process makes this
+        call on a posterior of the same problems and prior, on a device of its own, runs its share of the draws, and
+        returns the solution of all draws. The draws are those of a single process, but for rounding. An error in one
+        process is raised in all.
 
         Parameters
         ----------
@@ -382,6 +392,10 @@ class Posterior:
             Independent ensembles a problem.
         budget, progress, callback, checkpoint, checkpoint_every
             As in `invdiff.driver.run`.
+        distributed
+            Whether to share the draws of each chain among the processes of torch.distributed's default group, which the
+            caller has initialised. Not taken for granted where there is one: its processes may well work on problems of
+            their own.
 
         Returns
         -------
@@ -392,37 +406,49 @@ class Posterior:
         CapabilityError
             If the sampler cannot do the problem.
         InputError
-            If draws or chains are not positive.
+            If draws or chains are not positive; in a distributed run, if there are no processes, if the draws of a
+            chain are not a multiple of their number, or if they were asked for different things.
         SamplingError
-            If the run fails or is stopped before it has draws.
+            If the run fails or is stopped before it has draws; a PeerError if it was another process that failed.
         """
         if draws < 1 or chains < 1:
             raise InputError(f"A solution needs at least one draw and one chain, got draws={draws}, chains={chains}.")
         self.require(sampler)
+        shard = Shard.current() if distributed else ALONE
         self.evaluations, began = Evaluations(), time.perf_counter()
         keys = [stream_key(seed, key, chain) for key in self._keys for chain in range(chains)]
-        noise = Noise(keys, draws, device=self.device, dtype=self.dtype)
-        total = len(keys) * draws
+        noise = Noise(keys, draws, device=self.device, dtype=self.dtype, shard=shard)
+        total = len(keys) * shard.share(draws)
         identity = (
             f"{sampler!r} {self._keys} {prior_key(self.prior)} draws={draws} chains={chains} seed={seed} {self.dtype}"
         )
-        outcome = driver.run(
-            sampler,
-            self,
-            ensembles=len(keys),
-            n=draws,
-            noise=noise,
-            evaluations=lambda: self.evaluations.denoiser / total,
-            budget=budget,
-            callback=callback,
-            progress=progress,
-            checkpoint=None if checkpoint is None else FilePath(checkpoint),
-            checkpoint_every=checkpoint_every,
-            identity=identity,
-        )
-        about = provenance(
-            self, sampler, outcome, draws=draws, chains=chains, seed=seed, seconds=time.perf_counter() - began
-        )
+        with shard.together():
+            outcome = driver.run(
+                sampler,
+                self,
+                ensembles=len(keys),
+                n=draws,
+                noise=noise,
+                evaluations=lambda: self.evaluations.denoiser / total,
+                budget=budget,
+                callback=callback,
+                progress=progress,
+                checkpoint=None if checkpoint is None else FilePath(checkpoint),
+                checkpoint_every=checkpoint_every,
+                identity=identity,
+            )
+            counts = shard.agree(*astuple(self.evaluations))
+            self.evaluations = Evaluations(*(int(sum(column)) for column in zip(*counts, strict=True)))
+            seconds = shard.agree(time.perf_counter() - began)[0][0]
+            about = provenance(self, sampler, outcome, draws=draws, chains=chains, seed=seed, seconds=seconds)
+            about["processes"] = shard.world
+            solutions = self._solutions(outcome, about, chains, seed)
+        return solutions[0] if self._single else solutions
+
+    # Within.
+
+    def _solutions(self, outcome: driver.Outcome, about: dict[str, Any], chains: int, seed: int) -> list[Solution]:
+        """One solution a problem."""
         solutions = []
         with torch.no_grad():
             for i in range(self.problems):
@@ -447,9 +473,7 @@ class Posterior:
                         micro_batch=self.micro_batch,
                     )
                 )
-        return solutions[0] if self._single else solutions
-
-    # Within.
+        return solutions
 
     def _continuous(self) -> DiffusionPrior:
         if not isinstance(self.prior, DiffusionPrior):

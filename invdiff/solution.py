@@ -93,10 +93,11 @@ class Solution:
         x = decode(draws.z[part])
         weights, particles, ancestors = None, None, None
         if draws.log_weights is not None:
-            weights, particles = draws.log_weights[part], _by_name(split(x), event)
-            noise = Noise([seed + i for i in range(len(x))], 1, device=x.device)
+            # On the CPU, where sums round in one way: every process of a run takes the same draws.
+            weights, particles = draws.log_weights[part].cpu(), _by_name(split(x), event)
+            noise = Noise([seed + i for i in range(len(x))], 1)
             ancestors = systematic_resample(weights, noise.shared())
-            x = torch.stack([row[index] for row, index in zip(x, ancestors, strict=True)])
+            x = torch.stack([row[index.to(row.device)] for row, index in zip(x, ancestors, strict=True)])
         flat = x.reshape(-1, *x.shape[2:])
         deviance = torch.cat([likelihood.deviance(rows) for rows in torch.split(flat, micro_batch or len(flat))])
         measured = getattr(likelihood, "measurement", None)
@@ -104,8 +105,8 @@ class Solution:
             event=event,
             by_chain=_cpu(_by_name(split(x), event)),
             particles=None if particles is None else _cpu(particles),
-            log_weights=None if weights is None else weights.cpu(),
-            ancestors=None if ancestors is None else ancestors.cpu(),
+            log_weights=weights,
+            ancestors=ancestors,
             chain_log_evidence=None if draws.log_evidence is None else draws.log_evidence[part].cpu(),
             is_chain=draws.is_chain,
             deviance=deviance.reshape(x.shape[:2]).cpu(),

@@ -142,6 +142,7 @@ def solve(
     progress: bool | str = False,
     callback: Callback | None = None,
     checkpoint: str | Path | None = None,
+    distributed: bool = False,
 ) -> Any:
     """Draw from the posterior of a problem under a prior.
 
@@ -169,6 +170,9 @@ def solve(
         Bounds on network evaluations a draw and on the wall time of a batch.
     progress, callback, checkpoint
         As in `invdiff.driver.run`; a checkpoint needs a single batch.
+    distributed
+        Whether to share the draws of each chain among the processes of torch.distributed, as in `Posterior.sample`;
+        every process makes the same call, with a device of its own, and gets the same solutions.
 
     Returns
     -------
@@ -221,6 +225,7 @@ def solve(
                 progress=progress,
                 callback=callback,
                 checkpoint=checkpoint,
+                distributed=distributed,
             )
             for p, s in zip(batch, solutions if isinstance(solutions, list) else [solutions], strict=True):
                 done.append(s.because(reason).with_reference(p.reference))

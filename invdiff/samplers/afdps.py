@@ -179,10 +179,11 @@ class AFDPS(Sampler):
         sigma, linear = levels[0], posterior.linear
         z = posterior.start(ensembles, n, noise, sigma)
         if linear is None or not isinstance(path, Noised):
-            state = Weighted.begin(z, self._value(posterior, path, z, sigma))
+            state = Weighted.begin(z, self._value(posterior, path, z, sigma), shard=noise.shard)
             return state.resampled(self.resampling, noise, self.threshold)
         extra = path.kappa * sigma**2
-        state = Weighted.begin(tilted(linear, linear.rows(posterior.rows(z)), z, sigma, extra, noise))
+        z = tilted(linear, linear.rows(posterior.rows(z)), z, sigma, extra, noise)
+        state = Weighted.begin(z, shard=noise.shard)
         evidence = linear.log_evidence(posterior.noised_mean(), sigma**2, extra)
         if evidence is None:  # its determinant is too large
             return replace(state, log_evidence=torch.full_like(state.log_evidence, nan))

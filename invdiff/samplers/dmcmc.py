@@ -29,6 +29,9 @@ the rest of the burn-in, and then stay, so that kept draws come from one fixed k
 n // keep walkers, at least one, and makes ``steps`` n sweeps of them in all after the burn-in. Of all visits to rung 0
 then, n are kept, each with the same chance, in the order of time; where there were fewer, the first are repeated.
 
+The walkers of an ensemble learn its ladder's weights together and their visits compete for the same n places, on
+however many processes; each process must have as many walkers as the others.
+
 A warning is given if an ensemble's walkers made fewer than three round trips between the ends of the ladder on average,
 or visits were fewer than three quarters of the draws: then there are too few rungs for what is measured, or sweeps for
 the rungs. Round trips do not see a top rung that is too low to join the modes.
@@ -75,10 +78,12 @@ from invdiff.draws import Draws
 from invdiff.driver import Cost, Info, Sampler
 from invdiff.errors import InputError, SamplingError
 from invdiff.noise import Noise
+from invdiff.parallel import Shard
 from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path, Tempered
 from invdiff.samplers.annealing import Levels, check_steps
 from invdiff.samplers.inner import check_slope, smoothing
+from invdiff.samplers.particles import log_mean_exp
 from invdiff.samplers.preconditioner import Information
 from invdiff.samplers.sigma_ladder import LadderState, along, flow, levelled, tilt, to_data
 
@@ -188,8 +193,15 @@ class DMCMC(Sampler):
         return chosen.of(posterior, self.rungs)[-2::-1]
 
     def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> LadderState:
-        """Walkers at the top rung, about the prior's mean."""
-        ladder, w = self.ladder(posterior), max(1, n // self.keep)
+        """Walkers at the top rung, about the prior's mean.
+
+        Raises
+        ------
+        InputError
+            If the processes of a distributed run cannot share the walkers evenly.
+        """
+        draws = n * noise.shard.world
+        ladder, w = self.ladder(posterior), self._walkers(draws, noise.shard)
         bounds = [
             Information.along(posterior, self._path, sqrt(s**2 - ladder[0] ** 2), self.slope).largest for s in ladder
         ]
@@ -200,9 +212,9 @@ class DMCMC(Sampler):
 
         center = posterior.noised_mean().expand(ensembles, w, *posterior.shape)
         level = torch.full((ensembles, w), self.rungs - 1, device=posterior.device)
-        empty = torch.full((ensembles, n), inf, dtype=torch.float64, device=posterior.device)
+        empty = torch.full((ensembles, draws), inf, dtype=torch.float64, device=posterior.device)
         return LadderState(
-            z=torch.zeros(ensembles, n, *posterior.shape, dtype=center.dtype, device=posterior.device),
+            z=torch.zeros(ensembles, draws, *posterior.shape, dtype=center.dtype, device=posterior.device),
             walker=center + ladder[-1] * _normal(noise, center),
             level=level,
             direction=torch.full_like(level, -1),
@@ -213,6 +225,7 @@ class DMCMC(Sampler):
             when=empty,
             outward=torch.zeros_like(level, dtype=torch.bool),
             trips=torch.zeros_like(level),
+            shard=noise.shard,
         )
 
     def done(self, state: LadderState) -> bool:
@@ -225,7 +238,7 @@ class DMCMC(Sampler):
 
     def step(self, posterior: Posterior, state: LadderState, *, noise: Noise) -> tuple[LadderState, Info]:
         """One sweep of all walkers."""
-        t, level, z = state.step, state.level, state.walker
+        t, level, z, shard = state.step, state.level, state.walker, state.shard
         sigma, rate = state.sigma.gather(1, level), state.rate.gather(1, level)
         level_now = sigma.to(z.dtype)
         bottom = state.sigma[:, :1]
@@ -247,7 +260,9 @@ class DMCMC(Sampler):
                 "network's output and the scale of noise_std."
             )
         later = torch.sqrt((after**2 - bottom**2).clamp_min(0.0))
-        log_ratio = tilt(posterior, self._path, moved, later)[0] - tilt(posterior, self._path, z, tau)[0]
+        there, here = tilt(posterior, self._path, moved, later)[0], tilt(posterior, self._path, z, tau)[0]
+        # From where there is no likelihood to where there is none leads no move.
+        log_ratio = torch.where(torch.isneginf(there), -inf, there - here)
         log_h, target = state.log_h, self._target(z.device)
         if t < self._descent:
             # Two sweeps a rung: the second goes down, whatever the weights, and measures the ratio of the masses.
@@ -255,14 +270,21 @@ class DMCMC(Sampler):
             accept = torch.full_like(tau, float(down))
             if down:
                 k = self.rungs - 1 - t // 2
-                mass = torch.logsumexp(log_ratio, 1) - torch.full_like(log_h[:, 0], level.shape[1]).log()
+                mass = log_mean_exp(shard.gather(log_ratio))
+                if not bool(torch.isfinite(mass).all()):
+                    raise SamplingError(
+                        f"The likelihood is zero, infinite or NaN for DMCMC's walkers on their way to rung {k - 1}, "
+                        f"sigma {self.ladder(posterior)[k - 1]:.4g}. Check that the measurement fits the prior, and "
+                        "the scale of noise_std."
+                    )
                 log_h = log_h.clone()
                 log_h[:, k - 1] = log_h[:, k] + target[k - 1].log() - target[k].log() - mass
         else:
             change = log_h.gather(1, proposed) - log_h.gather(1, level)
             accept = torch.where(inside, (log_ratio + change).clamp_max(0.0).exp(), 0.0)
             if t < self.burn_in:
-                log_h, _ = levelled(log_h, target, level, proposed, accept, self._gain(t))
+                pooled = shard.gather(torch.stack((level.double(), proposed.double(), accept), -1)).unbind(-1)
+                log_h, _ = levelled(log_h, target, pooled[0].long(), pooled[1].long(), pooled[2], self._gain(t))
         uniform, lot = noise.uniform(_slots(noise, level.shape[1]), (2,)).reshape(*level.shape, 2).unbind(-1)
         accepted = uniform < accept
         new = replace(
@@ -272,15 +294,18 @@ class DMCMC(Sampler):
             direction=state.direction
             if t < self._descent
             else torch.where(accepted, state.direction, -state.direction),
-            log_h=log_h,
+            log_h=shard.first(log_h) if t < self.burn_in else log_h,
             step=t + 1,
         )
         x = to_data(z, denoised)
         if t >= self.burn_in:
             new = new.kept(x, level, lot)
-        at_bottom = (level == 0).double()
-        misfit = float((posterior.deviance(x).double() * at_bottom).sum() / at_bottom.sum()) / posterior.measurements
-        return new, Info(sigma=self.ladder(posterior)[0], misfit=misfit if misfit == misfit else None)
+        visit = level == 0
+        deviance = float(torch.where(visit, posterior.deviance(x).double(), 0.0).sum())
+        # Over all visits: a process's own mean is none where it has none.
+        deviance, visits = map(sum, zip(*shard.agree(deviance, float(visit.sum())), strict=True))
+        misfit = deviance / visits / posterior.measurements if visits else None
+        return new, Info(sigma=self.ladder(posterior)[0], misfit=misfit)
 
     def finish(self, posterior: Posterior, state: LadderState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the kept visits in the order of time.
@@ -291,8 +316,8 @@ class DMCMC(Sampler):
             If an ensemble has none.
         """
         n = state.z.shape[1]
-        visits = torch.isfinite(state.when).sum(1)
-        fewest, trips = int(visits.min()), float(state.trips.double().mean(1).min())
+        fewest = int(state.visits().min())
+        trips = float(state.shard.gather(state.trips).double().mean(1).min())
         if fewest == 0:
             raise SamplingError(
                 f"DMCMC has no draws after {state.step} sweeps: the burn-in takes {self.burn_in}, and no walker has "
@@ -330,12 +355,28 @@ class DMCMC(Sampler):
         return min(self.share, (1.0 - self.share) / (self.rungs - 1), 1.0 / (t + 1 - self._descent))
 
     def _sweeps(self, state: LadderState) -> int:
-        return self.burn_in + ceil(self.steps * state.z.shape[1] / state.walker.shape[1])
+        return self.burn_in + ceil(self.steps * state.z.shape[1] / state.walkers)
+
+    def _walkers(self, draws: int, shard: Shard) -> int:
+        """Walkers of an ensemble on this process."""
+
+        def together(keep: int) -> int:
+            return max(1, draws // keep)
+
+        w = together(self.keep)
+        if w % shard.world:
+            keep = next(k for k in range(self.keep, 0, -1) if together(k) % shard.world == 0)
+            raise InputError(
+                f"The {draws} draws of a chain at keep={self.keep} are made by {w} walkers, which {shard.world} "
+                f"processes cannot share evenly; take keep={keep}, for {together(keep)}."
+            )
+        return w // shard.world
 
 
 def _slots(noise: Noise, walkers: int) -> Tensor:
-    """Slots of the walkers: the first of each ensemble's."""
-    return noise.slots.reshape(-1, noise.n)[:, :walkers].flatten()
+    """Slots of this process's walkers: all walkers have the first of each ensemble's."""
+    first = noise.shard.rank * walkers
+    return noise.all_slots.reshape(-1, noise.n)[:, first : first + walkers].flatten()
 
 
 def _normal(noise: Noise, z: Tensor) -> Tensor:

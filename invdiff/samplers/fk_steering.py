@@ -145,7 +145,7 @@ class FKSteering(Sampler):
         z = center + sigma * noise.like(center)
         denoised = posterior.denoise(z, sigma)
         reward = self._reward(posterior, denoised, sigma)
-        state = SteeredState.begin(z, reward, denoised=denoised, log_potential=reward)
+        state = SteeredState.begin(z, reward, shard=noise.shard, denoised=denoised, log_potential=reward)
         return state.resampled(self.resampling, noise, self.threshold)
 
     def done(self, state: SteeredState) -> bool:

@@ -142,7 +142,7 @@ class FPS(Sampler):
         eps = noise.like(mean.expand(ensembles, n, *posterior.shape))
         z = mean + self._fresh(posterior, eps, sigma**2, sigma)
         shift = None if shift is None else shift.expand(z.shape).contiguous()
-        return FilteredState.begin(z, mass.expand(ensembles, n).contiguous(), shift=shift)
+        return FilteredState.begin(z, mass.expand(ensembles, n).contiguous(), shard=noise.shard, shift=shift)
 
     def done(self, state: FilteredState) -> bool:
         """All levels walked."""
@@ -225,5 +225,5 @@ def log_density(linear: LinearGaussian, r: Tensor, variance: Tensor) -> Tensor:
 
 def common(noise: Noise, like: Tensor) -> Tensor:
     """Draw standard normals (ensemble, particle, *shape) that are the same for all particles of an ensemble."""
-    one = noise.normal(noise.slots[:: noise.n], like.shape[2:]).to(like.dtype)
+    one = noise.normal(noise.all_slots[:: noise.n], like.shape[2:]).to(like.dtype)  # on every process the first's
     return one[:, None].expand(like.shape)

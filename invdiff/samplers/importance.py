@@ -10,10 +10,7 @@ Cost: one forward pass a step (two with Heun).
 """
 
 from dataclasses import dataclass, field
-from math import log
 from typing import ClassVar, final
-
-import torch
 
 from invdiff.draws import Draws
 from invdiff.driver import Cost, Info
@@ -21,6 +18,7 @@ from invdiff.integrators import DPMSolver2M, Integrator
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
+from invdiff.samplers.particles import log_mean_exp
 
 
 @final
@@ -77,8 +75,8 @@ class ImportanceSampling(Annealed):
         )
         return AnnealedState(z=z, step=k + 1, memory=memory), Info(sigma=levels[k + 1])
 
-    def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+    def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:
         """Return the draws of the prior with their weights, and the evidence."""
         log_weights = posterior.log_likelihood(state.z).double()
-        evidence = torch.logsumexp(log_weights, dim=1) - log(log_weights.shape[1])
+        evidence = log_mean_exp(noise.shard.gather(log_weights))
         return Draws(z=state.z, log_weights=log_weights, log_evidence=evidence)

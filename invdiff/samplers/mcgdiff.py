@@ -136,7 +136,8 @@ class MCGDiff(Sampler):
         mean = mean + posterior.linear_rows(mean, towards_data)
         fresh = noise.like(mean.expand(ensembles, n, *posterior.shape))
         z = mean + spread(posterior, fresh, lambda linear: self._move(linear, inf, sigma).std)
-        return Weighted.begin(z, torch.cat(masses)[:, None].expand(ensembles, n).contiguous())
+        log_weights = torch.cat(masses)[:, None].expand(ensembles, n).contiguous()
+        return Weighted.begin(z, log_weights, shard=noise.shard)
 
     def done(self, state: Weighted) -> bool:
         """All levels walked."""

@@ -7,10 +7,15 @@ is an unbiased estimate of the normalising constant (Del Moral 2004, section 7.4
 
 All that is done to an ensemble depends on its own particles and noise: not on micro-batches, nor on the ensembles
 beside it. Each resampling step therefore takes its noise whether or not an ensemble is resampled.
+
+An ensemble may be shared by several processes (`invdiff.parallel`). A state then holds this process's particles and
+their log-weights; the functions here take those of the whole ensemble, which `Weighted.all_log_weights` gathers, and
+every process raises the same errors and takes the same ancestors.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import log
 from typing import Any, Self, final
 
@@ -22,6 +27,7 @@ from invdiff.draws import systematic_resample
 from invdiff.driver import State
 from invdiff.errors import InputError, SamplingError
 from invdiff.noise import Noise
+from invdiff.parallel import ALONE, Shard
 
 
 def check_weights(log_weights: Float[Tensor, "ensemble n"], when: str = "") -> None:
@@ -77,12 +83,6 @@ def conditional_ess(
     return torch.where(torch.isneginf(second), 0.0, torch.exp(2.0 * first - second))
 
 
-def permute(tensor: Tensor, ancestors: Int[Tensor, "ensemble n"]) -> Tensor:
-    """Rows of a tensor (ensemble, n, ...) by ancestor within each ensemble."""
-    ensembles = torch.arange(ancestors.shape[0], device=ancestors.device)[:, None]
-    return tensor[ensembles, ancestors]
-
-
 def survivors(first: Int[Tensor, "ensemble n"]) -> Int[Tensor, " ensemble"]:
     """Count the distinct first ancestors in each ensemble."""
     ranked = first.sort(dim=-1).values
@@ -97,12 +97,12 @@ class Resampling(ABC):
 
     @abstractmethod
     def ancestors(self, log_weights: Float[Tensor, "ensemble n"], noise: Noise) -> Int[Tensor, "ensemble n"]:
-        """Ancestor of each particle.
+        """Ancestor of each particle of the ensemble.
 
         Parameters
         ----------
         log_weights
-            Unnormalised log-weights, float64; minus infinity is a dead particle.
+            Unnormalised log-weights of all processes' particles, float64; minus infinity is a dead particle.
         noise
             Streams of the run.
 
@@ -136,7 +136,7 @@ class Stratified(Resampling):
         """Ancestor of each particle; see `Resampling.ancestors`."""
         check_weights(log_weights)
         e, n = log_weights.shape
-        u = noise.uniform(noise.slots).reshape(e, n)
+        u = noise.uniform(noise.all_slots).reshape(e, n)
         return _inverse(torch.softmax(log_weights.double(), -1), (torch.arange(n, device=u.device) + u) / n)
 
 
@@ -149,7 +149,7 @@ class Residual(Resampling):
         """Ancestor of each particle; see `Resampling.ancestors`."""
         check_weights(log_weights)
         e, n = log_weights.shape
-        u = noise.uniform(noise.slots).reshape(e, n)
+        u = noise.uniform(noise.all_slots).reshape(e, n)
         expected = n * torch.softmax(log_weights.double(), -1)
         copies = torch.floor(expected + 1e-9)  # equal weights may come out below their whole number
         left = (expected - copies).clamp_min(0.0)
@@ -173,7 +173,7 @@ class BirthDeath(Resampling):
         """Ancestor of each particle; see `Resampling.ancestors`."""
         check_weights(log_weights)
         e, n = log_weights.shape
-        dies, drawn = (noise.uniform(noise.slots).reshape(e, n) for _ in range(2))
+        dies, drawn = (noise.uniform(noise.all_slots).reshape(e, n) for _ in range(2))
         excess = n * torch.softmax(log_weights.double(), -1) - 1.0
         births = excess.clamp_min(0.0)
         # Where there are no births there are no deaths, and what is drawn is not used.
@@ -191,7 +191,7 @@ def _inverse(weights: Tensor, points: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(State):
-    """A state of weighted particles; a sampler's own adds tensors (ensemble, particle, ...), which resampling permutes.
+    """A state of weighted particles; a sampler's own adds tensors (ensemble, particle, ...), which resampling moves.
 
     Parameters
     ----------
@@ -200,36 +200,77 @@ class Weighted(State):
     log_evidence
         Log normalising constant gathered at the resamplings so far, float64, shape (ensemble,).
     first
-        Index of each particle's ancestor at the start, shape (ensemble, particle).
+        Index of each particle's ancestor at the start, among those of all processes, shape (ensemble, particle).
+    shard
+        Part of the particles that this process holds.
     """
 
     log_weights: Tensor
     log_evidence: Tensor
     first: Tensor
+    shard: Shard = ALONE
 
     @classmethod
-    def begin(cls, z: Tensor, log_weights: Tensor | None = None, **others: Any) -> Self:
-        """Equal weights, or those given (ensemble, particle), for states z (ensemble, particle, *shape)."""
+    def begin(
+        cls,
+        z: Tensor,
+        log_weights: Tensor | None = None,
+        *,
+        shard: Shard = ALONE,
+        **others: Any,
+    ) -> Self:
+        """Equal weights, or those given (ensemble, particle), for states z (ensemble, particle, *shape).
+
+        Parameters
+        ----------
+        z, log_weights
+            Of this process's particles.
+        shard
+            The noise's: ``noise.shard``.
+        others
+            Further fields of a subclass.
+
+        Raises
+        ------
+        SamplingError
+            If a log-weight is NaN, or no particle of an ensemble lives.
+        """
         e, n = z.shape[:2]
         w = torch.zeros(e, n, dtype=torch.float64, device=z.device) if log_weights is None else log_weights.double()
-        check_weights(w, " at the start")
-        return cls(
+        index = torch.arange(shard.rank * n, (shard.rank + 1) * n, device=z.device)
+        state = cls(
             z=z,
             log_weights=w,
             log_evidence=torch.zeros(e, dtype=torch.float64, device=z.device),
-            first=torch.arange(n, device=z.device).expand(e, n).contiguous(),
+            first=index.expand(e, n).contiguous(),
+            shard=shard,
             **others,
         )
+        check_weights(state.all_log_weights, " at the start")
+        return state
+
+    @cached_property
+    def all_log_weights(self) -> Float[Tensor, "ensemble n"]:
+        """Log-weights of all processes' particles, gathered once; a call that every process makes, as those below."""
+        return self.shard.gather(self.log_weights)
 
     @property
     def ess(self) -> float:
         """Effective sample size of the ensemble where it is smallest, as a share of its particles."""
-        return float(effective_sample_size(self.log_weights).min())
+        return float(effective_sample_size(self.all_log_weights).min())
 
     @property
     def evidence(self) -> Float[Tensor, " ensemble"]:
         """Log normalising constant: what the resamplings gathered, and the mean weight since."""
-        return self.log_evidence + log_mean_exp(self.log_weights)
+        return self.log_evidence + log_mean_exp(self.all_log_weights)
+
+    def conditional_ess(self, increment: Float[Tensor, "ensemble particle"]) -> Float[Tensor, " ensemble"]:
+        """`conditional_ess` of this process's increments and all others': the same numbers everywhere."""
+        return self.shard.first(conditional_ess(self.all_log_weights, self.shard.gather(increment)))
+
+    def survivors(self) -> Int[Tensor, " ensemble"]:
+        """Count the distinct first ancestors of all processes' particles in each ensemble."""
+        return survivors(self.shard.gather(self.first))
 
     def reweighted(self, increment: Float[Tensor, "ensemble n"], when: str = "") -> Self:
         """Add the increments to the log-weights.
@@ -239,26 +280,37 @@ class Weighted(State):
         SamplingError
             If a log-weight becomes NaN, or an ensemble has no particle left that lives; ``when`` is put in the message.
         """
-        log_weights = self.log_weights + increment.double()
-        check_weights(log_weights, when)
-        return replace(self, log_weights=log_weights)
+        new = replace(self, log_weights=self.log_weights + increment.double())
+        check_weights(new.all_log_weights, when)
+        return new
 
     def resampled(self, resampling: Resampling, noise: Noise, threshold: float = 0.5) -> Self:
         """Resample the ensembles whose effective sample size is below ``threshold`` of n; leave the others alone.
 
-        Every tensor of shape (ensemble, particle, ...) is permuted with its particle, those of subclasses too.
+        Every tensor of shape (ensemble, particle, ...) moves with its particle, those of subclasses too.
+
+        Raises
+        ------
+        InputError
+            If the threshold is not a share, or the state does not know that its particles are shared with others.
         """
         check_threshold(threshold)
-        below = effective_sample_size(self.log_weights) < threshold
-        e, n = self.log_weights.shape
-        stay = torch.arange(n, device=below.device).expand(e, n)
-        ancestors = torch.where(below[:, None], resampling.ancestors(self.log_weights, noise), stay)
+        if noise.shard != self.shard:
+            raise InputError(
+                f"The state holds {self.shard} of the particles, the noise {noise.shard}; begin the state with "
+                "shard=noise.shard."
+            )
+        weights = self.all_log_weights
+        below = self.shard.first(effective_sample_size(weights) < threshold)
+        stay = torch.arange(weights.shape[1], device=below.device).expand(*weights.shape)
+        ancestors = self.shard.first(torch.where(below[:, None], resampling.ancestors(weights, noise), stay))
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {
-            name: permute(value, ancestors)
+        own = {
+            name: value
             for name, value in values.items()
-            if isinstance(value, Tensor) and value.shape[:2] == (e, n)
+            if isinstance(value, Tensor) and value.shape[:2] == self.log_weights.shape
         }
+        moved: dict[str, Any] = dict(zip(own, self.shard.exchange(list(own.values()), ancestors), strict=True))
         moved["log_weights"] = torch.where(below[:, None], 0.0, self.log_weights)
         moved["log_evidence"] = torch.where(below, self.evidence, self.log_evidence)
         return replace(self, **moved)

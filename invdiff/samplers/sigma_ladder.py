@@ -23,6 +23,7 @@ from torch import Tensor
 from invdiff.driver import State
 from invdiff.errors import CapabilityError
 from invdiff.linear_gaussian import LinearGaussian
+from invdiff.parallel import ALONE, Shard
 from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path, Tempered
 
@@ -31,10 +32,13 @@ from invdiff.potential import Noised, Path, Tempered
 class LadderState(State):
     """Walkers on a ladder, its weights, and the draws kept so far, which are z (ensemble, draw, *shape).
 
+    Where several processes share the walkers, the ladder's weights are everyone's, and each process keeps as many of
+    its own visits as there are draws in the end: any of them may be one.
+
     Parameters
     ----------
     walker
-        (ensemble, walker, *shape).
+        (ensemble, walker, *shape), those of this process.
     level, direction
         Rung of each walker, and where it goes: 1 up, -1 down; int64, (ensemble, walker).
     sigma, rate
@@ -46,6 +50,8 @@ class LadderState(State):
         (ensemble, draw).
     outward, trips
         Whether a walker was last at the top, and its round trips after the burn-in, (ensemble, walker).
+    shard
+        Part of the walkers that this process holds.
     """
 
     walker: Tensor
@@ -58,6 +64,16 @@ class LadderState(State):
     when: Tensor
     outward: Tensor
     trips: Tensor
+    shard: Shard = ALONE
+
+    @property
+    def walkers(self) -> int:
+        """Walkers of all processes in an ensemble."""
+        return self.level.shape[1] * self.shard.world
+
+    def visits(self) -> Tensor:
+        """Count the draws of all processes, (ensemble,); a call that every process makes, as `in_time`."""
+        return torch.isfinite(self.shard.gather(self.when)).sum(1).clamp_max(self.z.shape[1])
 
     def kept(self, x: Tensor, level: Tensor, lot: Tensor) -> Self:
         """Keep the visits with the smallest lots, each visit alike, and count round trips.
@@ -71,7 +87,8 @@ class LadderState(State):
         """
         w = level.shape[1]
         visit = level == 0
-        time = self.step * w + torch.arange(w, device=level.device).expand_as(level)
+        walker = self.shard.rank * w + torch.arange(w, device=level.device)
+        time = self.step * self.walkers + walker.expand_as(level)
         lots = torch.cat((self.lot, torch.where(visit, lot, inf)), 1)
         times = torch.cat((self.when, torch.where(visit, time.double(), inf)), 1)
         lots, index = lots.topk(self.z.shape[1], dim=1, largest=False)
@@ -86,10 +103,20 @@ class LadderState(State):
         )
 
     def in_time(self) -> Tensor:
-        """Return the draws in the order of time, the first ones again for want of more; needs one an ensemble."""
-        turn = torch.arange(self.z.shape[1], device=self.z.device) % torch.isfinite(self.when).sum(1)[:, None]
-        order = self.when.argsort(1).gather(1, turn)
-        return self.z[torch.arange(len(order), device=order.device)[:, None], order]
+        """Return the draws in the order of time, the first ones again for want of more; needs one an ensemble.
+
+        Of several processes each returns its even part of them.
+        """
+        e, n = self.when.shape
+        shard, m = self.shard, self.shard.share(n)
+        index = shard.gather(self.lot).topk(n, dim=1, largest=False).indices
+        times = shard.gather(self.when).gather(1, index)
+        turn = torch.arange(n, device=times.device) % torch.isfinite(times).sum(1)[:, None]
+        draws = index.gather(1, times.argsort(1).gather(1, turn))
+        # The first places of each process take the draws, and what is in the others is of no more use.
+        places = torch.arange(shard.world * n, device=times.device).reshape(shard.world, n).repeat(e, 1, 1)
+        places[:, :, :m] = draws.reshape(e, shard.world, m)
+        return shard.exchange([self.z], shard.first(places.flatten(1)))[0][:, :m]
 
 
 def along(rows: Tensor, z: Tensor) -> Tensor:

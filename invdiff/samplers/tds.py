@@ -146,7 +146,9 @@ class TDS(Sampler):
         center = posterior.noised_mean().expand(ensembles, n, *posterior.shape)
         z = center + sigma * noise.like(center)
         denoised, log_twist, gradient = self._look(posterior, z, sigma, with_gradient=self.steps > 1)
-        state = TwistedState.begin(z, log_twist, denoised=denoised, log_twist=log_twist, gradient=gradient)
+        state = TwistedState.begin(
+            z, log_twist, shard=noise.shard, denoised=denoised, log_twist=log_twist, gradient=gradient
+        )
         return state.resampled(self.resampling, noise, self.threshold)
 
     def done(self, state: TwistedState) -> bool:

@@ -77,7 +77,7 @@ from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path, Tempered
 from invdiff.samplers.annealing import Levels, check_steps
 from invdiff.samplers.inner import check_slope, smoothing
-from invdiff.samplers.particles import Resampling, Weighted, alive, check_threshold, conditional_ess
+from invdiff.samplers.particles import Resampling, Weighted, alive, check_threshold
 from invdiff.samplers.preconditioner import STABLE, Information, precondition
 
 _FINE = 20
@@ -220,7 +220,7 @@ class TransportLangevin(Sampler):
         else:
             log_weights = posterior.potential(sigma, path)(z)[0]
         position = None if self.conditional_ess is None else torch.zeros_like(posterior.rows(z)).reshape(z.shape[:2])
-        state = TransportState.begin(z, log_weights, carried=noise.like(z), position=position)
+        state = TransportState.begin(z, log_weights, shard=noise.shard, carried=noise.like(z), position=position)
         if evidence is not None:
             state = replace(state, log_evidence=evidence.repeat_interleave(ensembles // len(evidence)))
         elif log_weights is None:
@@ -331,7 +331,7 @@ class TransportLangevin(Sampler):
         def keeps(index: int) -> bool:
             moved = self._flowed(posterior, state.z, denoised, levels[k], levels[index])
             increment = alive(state, posterior.potential(levels[index], self._path)(moved)[0] - value)
-            return float(conditional_ess(state.log_weights, increment).min()) >= cast(float, self.conditional_ess)
+            return float(state.conditional_ess(increment).min()) >= cast(float, self.conditional_ess)
 
         near, far = k + 1, min(k + _FINE, len(levels) - 1)
         if keeps(far):
