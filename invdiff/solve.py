@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from invdiff.problem import Problem, load_problem
 from invdiff.solution import Solution
 
 PARTICLES, MEASURED = 256, 64
-"""Fewest draws, and most measured values, for which weighted particles are chosen."""
+"""Fewest draws, and most measured values (and unknowns, if not linear), for which weighted particles are chosen."""
 
 
 def sampler_classes() -> dict[str, type[Sampler]]:
@@ -83,7 +84,8 @@ def choose_sampler(posterior: Posterior, draws: int) -> tuple[Sampler, str]:
         if {"denoiser", "linear", "likelihood_gradient"} <= can:
             weighted = samplers.TransportLangevin(resampling=samplers.Systematic(), conditional_ess=0.9)
             return weighted, f"linear-Gaussian problem of {carried}: exact in the limit, with evidence"
-        if {"denoiser", "denoiser_vjp", "likelihood_gradient"} <= can:
+        small = prod(posterior.shape) <= MEASURED
+        if small and {"denoiser", "denoiser_vjp", "likelihood_gradient"} <= can:
             return samplers.TDS(), f"a problem that is not linear with Gaussian noise, of {carried}: twisted particles"
     if {"denoiser", "linear", "curvature"} <= can:
         return (
@@ -95,7 +97,10 @@ def choose_sampler(posterior: Posterior, draws: int) -> tuple[Sampler, str]:
     if {"denoiser", "denoiser_vjp", "likelihood_gradient"} <= can:
         return samplers.DPS(), "the problem is not linear with Gaussian noise: gradient guidance"
     if "denoiser" in can:
-        return samplers.FKSteering(), "the likelihood has no gradient: particles steered by its values alone"
+        return (
+            samplers.PCN(),
+            "the likelihood has no gradient: moves in the prior's noise, accepted by its values alone",
+        )
     raise CapabilityError(
         f"No sampler here can run on a posterior with the capabilities {', '.join(sorted(can)) or 'none'}."
     )

@@ -68,7 +68,7 @@ def test_the_measurement_follows_task_and_picture_alone():
 def test_every_sampler_takes_part():
     made = {type(c.make(**trial(c, 0))) for c in CONTENDERS if c.make is not None}
     # 16 particles cannot carry weights on a picture, nor walkers come up again from where a picture has been measured.
-    left_out = {samplers.ImportanceSampling, samplers.AFDPS, samplers.FPS, samplers.MCGDiff}
+    left_out = {samplers.ImportanceSampling, samplers.AFDPS, samplers.FPS, samplers.MCGDiff, samplers.PCN}
     left_out |= {samplers.TDS, samplers.FKSteering, samplers.DMCMC}
     assert made == set(sampler_classes().values()) - left_out
     assert {c.peer for c in CONTENDERS if c.library == "deepinv"} == {"DPS", "DDRM", "DiffPIR", "PosteriorDiffusion"}

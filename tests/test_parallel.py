@@ -81,6 +81,7 @@ WEIGHTED = {
     "afdps-tempered": samplers.AFDPS(steps=8, form="laplacian", path=Tempered(scale=0.5), threshold=0.9),
     "mcgdiff": samplers.MCGDiff(steps=8, resampling=Stratified()),
     "mcgdiff-published": samplers.MCGDiff(steps=8, bridge=False, kappa=0.1, threshold=0.9),
+    "pcn": samplers.PCN(steps=3, moves=2, prior_steps=3),
     "fps": samplers.FPS(steps=8, resampling=BirthDeath()),
     "fps-drawn": samplers.FPS(steps=8, trajectory="drawn"),
 }

@@ -446,6 +446,7 @@ RUNS = {
     "afdps": (samplers.AFDPS(steps=6), mixture_prior),
     "afdps-laplacian": (samplers.AFDPS(steps=6, form="laplacian"), mixture_prior),
     "afdps-ode": (samplers.AFDPS(steps=4, form="ode"), mixture_prior),
+    "pcn": (samplers.PCN(steps=3, moves=2, prior_steps=3), mixture_prior),
     "mcgdiff": (samplers.MCGDiff(steps=6), mixture_prior),
     "fps": (samplers.FPS(steps=6), mixture_prior),
     "fps-drawn": (samplers.FPS(steps=6, trajectory="drawn"), mixture_prior),

@@ -35,6 +35,7 @@ ENTRIES = {
     samplers.MCGDiff: (samplers.MCGDiff(steps=100), 0.5, (0.7, 1.25)),
     samplers.FPS: (samplers.FPS(steps=100), 0.5, (0.7, 1.25)),
     samplers.DMCMC: (samplers.DMCMC(steps=30, rungs=8, keep=20), 0.25, (0.85, 1.15)),
+    samplers.PCN: (samplers.PCN(prior_steps=20), 0.35, (0.8, 1.2)),
     samplers.TDS: (samplers.TDS(steps=100), 0.35, (0.8, 1.15)),
     samplers.FKSteering: (samplers.FKSteering(steps=100), 0.5, (0.7, 1.25)),
     samplers.TransportLangevin: (samplers.TransportLangevin(steps=20), 0.25, (0.85, 1.15)),
@@ -320,8 +321,8 @@ class Blind(Bend):
         (mask(), 256, "TransportLangevin"),
         (mask(), 255, "PiGDM"),
         (Bend(SHAPE, SHAPE), 256, "TDS"),
-        (Blind(SHAPE, SHAPE), 256, "FKSteering"),
-        (Blind(SHAPE, SHAPE), 2, "FKSteering"),
+        (Blind(SHAPE, SHAPE), 256, "PCN"),
+        (Blind(SHAPE, SHAPE), 2, "PCN"),
     ],
 )
 def test_many_draws_of_few_measured_values_are_weighted(operator, draws, chosen):
@@ -329,7 +330,7 @@ def test_many_draws_of_few_measured_values_are_weighted(operator, draws, chosen)
     assert posterior.measurements == math.prod(operator.out_shape)
     sampler, reason = choose_sampler(posterior, draws)
     assert type(sampler).__name__ == chosen
-    assert ("particles" in reason) == (chosen != "PiGDM")
+    assert ("particles" in reason) == (chosen in ("TransportLangevin", "TDS"))
     if chosen == "TransportLangevin":
         assert sampler.exact
 

@@ -15,6 +15,7 @@ from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
 from invdiff.samplers.mcgdiff import MCGDiff
 from invdiff.samplers.particles import BirthDeath, Resampling, Residual, Stratified, Systematic
+from invdiff.samplers.pcn import PCN
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.red_diff import REDDiff
 from invdiff.samplers.split_gibbs import SplitGibbs
@@ -30,6 +31,7 @@ __all__ = [
     "DMCMC",
     "DPS",
     "FPS",
+    "PCN",
     "TDS",
     "ULA",
     "BirthDeath",
