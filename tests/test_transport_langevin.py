@@ -135,6 +135,22 @@ def test_the_refresh_leaves_a_gaussian_as_it_is(problem, sigma):
 
 
 @pytest.mark.parametrize("problem", [blurred(), mixed()], ids=["svd", "no-svd"])
+@pytest.mark.parametrize("steps", [6, 60])
+def test_the_stiffest_direction_is_followed_from_level_to_level(problem, steps):
+    """A few power iterations a level keep all steps stable, and no smaller than needed, along the whole ladder."""
+    posterior, direction = Posterior(problem, field(), dtype=F64), None
+    A, _, _ = dense_problem(posterior, 1.0)
+    one, zero = torch.eye(16, dtype=F64), torch.zeros(16, *SHAPE, dtype=F64)
+    for sigma in TransportLangevin(steps=steps).ladder(posterior)[:-1]:
+        _, _, R = dense_problem(posterior, sigma)
+        H = torch.linalg.inv(field().covariance + sigma**2 * one) + A.mT @ torch.linalg.inv(R) @ A
+        pre = precondition(posterior, Information.along(posterior, Noised(), sigma), sigma, 1.6, direction=direction)
+        direction = pre.direction
+        largest = float(torch.linalg.eigvals(dense(lambda v, pre=pre: pre.refresh(zero, v, zero)) @ H).real.max())
+        assert 1.4 < largest < 1.76
+
+
+@pytest.mark.parametrize("problem", [blurred(), mixed()], ids=["svd", "no-svd"])
 def test_the_start_has_its_law_and_evidence(problem):
     posterior, n = Posterior(problem, field(), dtype=F64), 20_000
     sampler = TransportLangevin(steps=10, resampling=Systematic(), levels=invdiff.samplers.Levels(sigma_max=2.0))

@@ -13,6 +13,7 @@ most directions. For such a prior 1 / sigma^2 stands for h in lambda_max, and P 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,7 +26,8 @@ from invdiff.samplers.inner import stiffness
 
 STABLE = 1.6
 """Largest e * lambda_max that is taken: 2 diverges, and power iteration comes from below."""
-_POWER_ITERATIONS = 30
+_FIRST_ITERATIONS, _LATER_ITERATIONS = 30, 4
+"""Power iterations from a random vector, and from what the level before found, which is nearly the direction again."""
 
 
 @runtime_checkable
@@ -51,10 +53,13 @@ class Preconditioner:
         The basis; None for a multiple of the identity.
     values
         e P: eigenvalues, latent units squared, broadcasting against the coefficients of one event.
+    direction
+        Flat event along which the target is the stiffest, where it was sought.
     """
 
     basis: Basis | None
     values: Tensor
+    direction: Tensor | None = None
 
     def refresh(self, z: Tensor, grad: Tensor, noise: Tensor) -> Tensor:
         """Return z + E grad + sqrt(2 E) noise, with E = e P; all of shape (n, *shape)."""
@@ -125,7 +130,12 @@ class Information:
 
 
 def precondition(
-    posterior: Posterior, information: Information, sigma: float, step_size: float, floor: float | None = None
+    posterior: Posterior,
+    information: Information,
+    sigma: float,
+    step_size: float,
+    floor: float | None = None,
+    direction: Tensor | None = None,
 ) -> Preconditioner:
     """Step and preconditioner of a refresh at sigma.
 
@@ -138,6 +148,8 @@ def precondition(
     floor
         c: h is taken as at least c / sigma^2. If None, 0 for the exact curvature of a Gaussian prior, else
         0.5.
+    direction
+        That of the preconditioner at a level nearby; it saves most of the power iterations.
     """
     curvature, flat = posterior.curvature, 1.0 / sigma**2
     if curvature is None:
@@ -150,11 +162,15 @@ def precondition(
     P = 1.0 / (h + information.diagonal(curvature).to(like))
     bound = h if gaussian else torch.full_like(h, flat)
     root = P.sqrt()
-    start = torch.randn(1, *posterior.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    v = curvature.to_basis(start.to(like))
+    start, iterations = direction, _LATER_ITERATIONS
+    if start is None:
+        start = torch.randn(prod(posterior.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        iterations = _FIRST_ITERATIONS
+    v = curvature.to_basis(start.to(like).reshape(1, *posterior.shape))
     largest = torch.ones_like(like)
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(iterations):
         v = v / torch.linalg.vector_norm(v)
         v = root * (bound * root * v + curvature.to_basis(information.apply(curvature.from_basis(root * v))))
         largest = torch.linalg.vector_norm(v)
-    return Preconditioner(curvature, P * torch.clamp(STABLE / largest, max=step_size))
+    found = curvature.from_basis(v / largest).flatten()
+    return Preconditioner(curvature, P * torch.clamp(STABLE / largest, max=step_size), found)

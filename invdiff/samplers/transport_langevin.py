@@ -95,10 +95,13 @@ class TransportState(Weighted):
     position
         Index of the level among the fine ones, int64, shape (ensemble, particle), where they are chosen on the way;
         else None.
+    direction
+        The preconditioner's, flat; None before the first level, or where there is none.
     """
 
     carried: Tensor
     position: Tensor | None = None
+    direction: Tensor | None = None
 
 
 @final
@@ -244,7 +247,7 @@ class TransportLangevin(Sampler):
         sigma = levels[k]
         potential = posterior.potential(sigma, self._path)
         information = Information.along(posterior, self._path, sigma, self.slope)
-        preconditioner = precondition(posterior, information, sigma, self.step_size, self.floor)
+        preconditioner = precondition(posterior, information, sigma, self.step_size, self.floor, state.direction)
         z, carried = state.z, state.carried
         for _ in range(self.refreshes):
             grad = (posterior.denoise(z, sigma) - z) / sigma**2 + potential(z)[1]
@@ -262,7 +265,14 @@ class TransportLangevin(Sampler):
             after, position = levels[k], torch.full_like(state.position, k)
             moved = self._flowed(posterior, z, denoised, sigma, after)
         increment = posterior.potential(after, self._path)(moved)[0] - value
-        new = replace(state, z=moved, carried=carried, position=position, step=state.step + 1)
+        new = replace(
+            state,
+            z=moved,
+            carried=carried,
+            position=position,
+            direction=preconditioner.direction,
+            step=state.step + 1,
+        )
         new = new.reweighted(increment, f" at step {new.step}, sigma {after:.4g}")
         info = Info(sigma=after, misfit=posterior.misfit(denoised), ess=new.ess)
         # The last weights stay with the draws.
