@@ -43,7 +43,7 @@ from invdiff.solve import sampler_classes, solve
 F64 = torch.float64
 SHAPE = (1, 2, 2)
 DRAWS, CHAINS = 12, 2
-LIMIT = 100.0  # seconds for a world; reached only by one that hangs
+LIMIT = 150.0  # seconds for a world; reached only by one that hangs
 MASK = operators.Inpainting(torch.tensor([[True, True], [False, True]]), SHAPE)
 
 
@@ -240,6 +240,7 @@ DEAD = {
     "tds": samplers.TDS(steps=3),
     "steering": samplers.FKSteering(steps=3),
     "importance": samplers.ImportanceSampling(steps=3),
+    "pcn": samplers.PCN(steps=3, moves=1, prior_steps=3),
     "transport": samplers.TransportLangevin(steps=3, path=TEMPERED, slope=1.3),
     "dmcmc": samplers.DMCMC(keep=1, path=TEMPERED, slope=1.3),
 }
@@ -640,7 +641,10 @@ def test_what_processes_cannot_do_together_is_refused_by_all(request, world, siz
         assert report["odd"][0] == "InputError"
         assert f"{DRAWS + 1} draws cannot be shared evenly by {size}" in report["odd"][1]
         assert report["walkers"][0] == "InputError"
-        assert f"by 3 walkers, which {size} processes cannot share evenly; take keep=3, for 4" in report["walkers"][1]
+        assert (
+            f"3 walkers at keep=4, which {size} processes cannot share evenly; take keep=3, for 4."
+            in report["walkers"][1]
+        )
         assert report["seeds"][0] == "InputError"
         assert "different things" in report["seeds"][1]
         assert report["kinds"][0] == "PeerError"

@@ -367,8 +367,8 @@ class DMCMC(Sampler):
         if w % shard.world:
             keep = next(k for k in range(self.keep, 0, -1) if together(k) % shard.world == 0)
             raise InputError(
-                f"The {draws} draws of a chain at keep={self.keep} are made by {w} walkers, which {shard.world} "
-                f"processes cannot share evenly; take keep={keep}, for {together(keep)}."
+                f"The {draws} draws of a chain have {w} {'walkers' if w > 1 else 'walker'} at keep={self.keep}, which "
+                f"{shard.world} processes cannot share evenly; take keep={keep}, for {together(keep)}."
             )
         return w // shard.world
 
