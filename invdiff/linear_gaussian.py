@@ -64,7 +64,9 @@ class LinearGaussian:
     noise_std
         Scalar or diagonal, measurement's units, float64.
     tables
-        What was measured of the operator: its norm (under None), and for `correction` by basis; shared by all `rows`.
+        What was measured of the operator for `correction`, by basis; shared by all `rows`.
+    numbers
+        What was worked out as a number, which a GPU is waited for; shared by all `rows`.
     graphs
         Iterations of `correction` on a GPU, by basis; shared by all `rows`.
     """
@@ -72,13 +74,21 @@ class LinearGaussian:
     operator: LinearOperator
     measurement: Tensor
     noise_std: Tensor
-    tables: dict[Curvature | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    tables: dict[Curvature, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    numbers: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     graphs: dict[Curvature, Graphs] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def scalar_variance(self) -> float | None:
         """R where it is a scalar, else None."""
-        return float(self.noise_std) ** 2 if self.noise_std.ndim == 0 else None
+        return self.least_noise_std**2 if self.noise_std.ndim == 0 else None
+
+    @property
+    def least_noise_std(self) -> float:
+        """Smallest standard deviation of the noise; worked out once."""
+        if "noise" not in self.numbers:
+            self.numbers["noise"] = float(self.noise_std.min())
+        return self.numbers["noise"]
 
     @property
     def has_svd(self) -> bool:
@@ -100,7 +110,7 @@ class LinearGaussian:
     def rows(self, index: Tensor) -> "LinearGaussian":
         """Return the problem whose row i holds measurement ``index[i]``."""
         y = self.measurement if len(self.measurement) == 1 else self.measurement[index]
-        return LinearGaussian(self.operator, y, self.noise_std, self.tables, self.graphs)
+        return LinearGaussian(self.operator, y, self.noise_std, self.tables, self.numbers, self.graphs)
 
     def residual(self, z: Tensor) -> Tensor:
         """Y - A z for z of shape (n, *shape)."""
@@ -248,7 +258,7 @@ class LinearGaussian:
         v = signs.to(device=like.device, dtype=like.dtype)
         V, W = curvature.to_basis(v), curvature.to_basis(self.information(v, extra))
         power = (V.abs() ** 2).sum(0)
-        diagonal = (W * V.conj()).real.sum(0) / power.clamp_min(1e-6 * float(power.max()))
+        diagonal = (W * V.conj()).real.sum(0) / torch.maximum(power, 1e-6 * power.max())
         return diagonal.clamp_min(0.0)
 
     def log_evidence(self, center: Tensor, variance: float, extra: float = 0.0) -> Tensor | None:
@@ -278,9 +288,9 @@ class LinearGaussian:
 
     def norm(self) -> float:
         """Largest singular value of A; worked out once."""
-        if None not in self.tables:
-            self.tables[None] = torch.tensor(self.operator.norm(), dtype=torch.float64)
-        return float(self.tables[None])
+        if "norm" not in self.numbers:
+            self.numbers["norm"] = float(self.operator.norm())
+        return self.numbers["norm"]
 
     def _gram_diagonal(self, curvature: Curvature) -> Tensor:
         """Diagonal of A^T R^{-1} A in the curvature's basis; measured once."""

@@ -60,13 +60,13 @@ class Noised(Path):
         svd, R = A.svd, linear.scalar_variance
         if svd is not None and R is not None:
             s2 = svd.singular_values.double() ** 2
-            log_det = size * log(R) + float(torch.log1p(extra / R * s2).sum())
+            log_det = size * log(R) + torch.log1p(extra / R * s2).sum()
 
             def solve(r: Tensor) -> Tensor:
                 return svd.outer(lambda t: 1.0 / (R + extra * t), r)
         else:
             variance = linear.noise_std**2 + extra * linear.norm() ** 2
-            log_det = float(torch.broadcast_to(variance, A.out_shape).log().sum())
+            log_det = torch.broadcast_to(variance, A.out_shape).log().sum()
 
             def solve(r: Tensor) -> Tensor:
                 return r / variance.to(r.dtype)

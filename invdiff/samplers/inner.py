@@ -33,7 +33,7 @@ def stiffness(posterior: Posterior, slope: float | None) -> float:
         return slope / (posterior.noise_std or 1.0)
     if posterior.linear is None:
         raise CapabilityError("A problem that is not linear needs slope, a bound on the norm of dA/dz.")
-    return posterior.linear.norm() / float(posterior.linear.noise_std.min())
+    return posterior.linear.norm() / posterior.linear.least_noise_std
 
 
 def smoothing(posterior: Posterior, slope: float | None, share: float) -> float:

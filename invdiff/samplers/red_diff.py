@@ -138,7 +138,7 @@ class REDDiff(Sampler):
         self.levels.of(posterior, self.steps)  # levels that do not fit the prior are refused here
         z = posterior.noised_mean().expand(ensembles, n, *posterior.shape).clone()
         linear = posterior.linear
-        known = 0.0 if linear is None else (linear.norm() / float(linear.noise_std.min())) ** 2
+        known = 0.0 if linear is None else (linear.norm() / linear.least_noise_std) ** 2
         zero = torch.zeros_like(z)
         return AdamState(z=z, first=zero, second=zero, gradient=zero, curvature=z.new_full((ensembles, n), known))
 
