@@ -41,6 +41,7 @@ def provenance(
         "prior_key": prior_key(posterior.prior),
         "sampler": type(sampler).__name__,
         "sampler_settings": repr(sampler),
+        "sampler_exact": sampler.exact,  # whether its law tends to the posterior, in the limit that its file names
         "citation": type(sampler).citation,
         "measurements": posterior.measurements,
         "draws": draws,

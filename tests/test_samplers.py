@@ -309,6 +309,7 @@ def test_solve_chooses_by_what_can_be_done(operator, prior, chosen):
     assert about["sampler"] == chosen
     assert ("Jacobian" in about["sampler_settings"]) == isinstance(prior, Least)
     assert about["sampler_reason"] != "given"
+    assert about["sampler_exact"] == (chosen == "PiGDM")
 
 
 class Blind(Bend):
