@@ -23,7 +23,13 @@ extensions = [
     "numpydoc",
     "myst_parser",
 ]
-TABLES = {"exactness": "exactness", "calibration": "calibration", "imaging_64": "imaging", "imaging_256": "imaging"}
+TABLES = {
+    "exactness": "exactness",
+    "mixtures": "mixtures",
+    "calibration": "calibration",
+    "imaging_64": "imaging",
+    "imaging_256": "imaging",
+}
 """Tables, and the module of `invdiff.bench` that writes each."""
 exclude_patterns = ["_build", "generated", *(f"{name}_table.md" for name in TABLES)]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
@@ -53,7 +59,18 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"invdiff {release}"
 html_static_path = ["_static"] if (HERE / "_static").is_dir() else []
 html_theme_options = {"show_prev_next": False, "navigation_with_keys": False, "use_edit_page_button": False}
-PAGES = ("index", "quickstart", "samplers", "priors", "exactness", "calibration", "imaging", "contracts", "changelog")
+PAGES = (
+    "index",
+    "quickstart",
+    "samplers",
+    "priors",
+    "exactness",
+    "mixtures",
+    "calibration",
+    "imaging",
+    "contracts",
+    "changelog",
+)
 html_sidebars = {page: [] for page in PAGES}  # only the reference has pages below its own
 html_show_sourcelink = False
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import invdiff
 from invdiff import likelihoods, operators
 from invdiff.diagnostics.exactness import check_sampler, plane_problem
+from invdiff.diagnostics.mixtures import random_mixture
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.integrators import Ancestral, Euler, karras_levels
 from invdiff.metrics import sliced_wasserstein
@@ -19,7 +20,7 @@ from invdiff.noise import Noise
 from invdiff.operators.base import LinearOperator, Operator
 from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path, Tempered
-from invdiff.priors import GaussianPrior, MixturePrior
+from invdiff.priors import GaussianPrior
 from invdiff.problem import Problem
 from invdiff.samplers.afdps import AFDPS, laplacian
 from invdiff.samplers.annealing import Levels
@@ -269,24 +270,6 @@ def test_the_error_is_of_first_order():
 # Mixtures.
 
 
-def mixture(d: int) -> tuple[MixturePrior, Problem]:
-    """Four modes in d dimensions, d / 2 combinations of which are measured."""
-    L = 0.35 * normal(4, d, d, seed=10 + d)
-    prior = MixturePrior(
-        torch.softmax(0.5 * normal(4, seed=20 + d), 0),
-        2.5 * normal(4, d, seed=30 + d),
-        L @ L.mT + 0.15 * torch.eye(d, dtype=F64),
-        sigma_min=0.02,
-        sigma_max=40.0,
-    )
-    A = Matrix(normal(d // 2, d, seed=40 + d) / math.sqrt(d), (d,))
-    return prior, Problem.simulate(A, prior.sample(1, seed=1)[0], noise_std=0.3, seed=2)
-
-
-def exact_of(prior: MixturePrior, problem: Problem):
-    return prior.posterior(problem.likelihood.operator, problem.likelihood.measurement[0], 0.3)
-
-
 # At 120 evaluations, by form and dimension: the largest distance, in units of the largest that exact draws of a quarter
 # of the number have, less 0.03 that the steps leave; and the largest error of the evidence, of which particles leave
 # 0.1, the steps of "laplacian" 0.6, and the flow in four dimensions, where its particles thin out, as much.
@@ -303,9 +286,8 @@ def distance_bound(exact, form: str, d: int) -> float:
 
 @pytest.mark.parametrize(("form", "d"), list(BOUNDS))
 def test_mixtures_and_their_evidence(form, d):
-    prior, problem = mixture(d)
-    exact, sampler = exact_of(prior, problem), AFDPS(form=form, steps=60 if form == "ode" else 120)
-    posterior = Posterior(problem, prior, dtype=F64)
+    case, sampler = random_mixture(d), AFDPS(form=form, steps=60 if form == "ode" else 120)
+    exact, posterior = case.exact, Posterior(case.problem, case.prior, dtype=F64)
     solution = posterior.sample(sampler, 1024, chains=2, seed=1)
     reference, bound = exact.sample(2048, seed=7), distance_bound(exact, form, d)
     assert sliced_wasserstein(solution.draws, reference) < bound
@@ -314,7 +296,7 @@ def test_mixtures_and_their_evidence(form, d):
         # The same walk without its weights goes elsewhere.
         free = posterior.sample(replace(sampler, threshold=0.0), 1024, chains=2, seed=1)
         (particles,) = free.particles.values()
-        assert sliced_wasserstein(particles.reshape(2048, d), reference) > 3.0 * bound
+        assert sliced_wasserstein(particles.flatten(0, 1), reference) > 3.0 * bound
 
 
 def test_it_keeps_the_bounds_of_exact_draws():
@@ -328,8 +310,8 @@ def test_it_keeps_the_bounds_of_exact_draws():
 
 
 def test_the_published_path_is_refused_where_it_would_diverge():
-    prior, problem = mixture(2)
-    posterior, constant = Posterior(problem, prior, dtype=F64), Noised(kappa=0.0)
+    case = random_mixture(2)
+    posterior, constant = Posterior(case.problem, case.prior, dtype=F64), Noised(kappa=0.0)
     for form in ("half", "laplacian"):
         sampler = AFDPS(form=form, path=constant)
         with pytest.raises(
@@ -368,10 +350,10 @@ def test_the_published_path_follows_its_law_to_the_same_end():
 
 
 def test_the_flow_along_the_published_path_fails_where_the_noised_one_does_not():
-    prior, problem = mixture(2)
-    exact, posterior = exact_of(prior, problem), Posterior(problem, prior, dtype=F64)
+    case = random_mixture(4)
+    exact, posterior = case.exact, Posterior(case.problem, case.prior, dtype=F64)
     solution = posterior.sample(AFDPS(form="ode", steps=60, path=Noised(kappa=0.0)), 1024, chains=2, seed=1)
-    assert sliced_wasserstein(solution.draws, exact.sample(2048, seed=7)) > 3.0 * distance_bound(exact, "ode", 2)
+    assert sliced_wasserstein(solution.draws, exact.sample(2048, seed=7)) > 3.0 * distance_bound(exact, "half", 4)
     assert abs(solution.log_evidence - exact.log_evidence) > 2.0
 
 
@@ -490,9 +472,9 @@ class Half(Path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dead_particles_stay_dead_and_harm_no_other(form):
-    prior, problem = mixture(2)
-    middle = float(exact_of(prior, problem).mean[0])
-    posterior = Posterior(problem, prior, dtype=F64)
+    case = random_mixture(2)
+    middle = float(case.exact.mean[0, 0, 0])
+    posterior = Posterior(case.problem, case.prior, dtype=F64)
     sampler = AFDPS(steps=20, form=form, path=Half(middle), threshold=0.0, probes=1)
     state = sampler.init(posterior, 1, 400, noise=Noise([3], 400, dtype=F64).at(0))
     deaths = []
@@ -505,7 +487,7 @@ def test_dead_particles_stay_dead_and_harm_no_other(form):
     assert 0 < deaths[-1] < 400
     solution = posterior.sample(replace(sampler, threshold=0.5), 400)
     # The last weight, which the path does not touch, leaves only those above at the last level but for a step.
-    assert float(solution.draws[:, 0].min()) > middle - 0.1
+    assert float(solution.draws[:, 0, 0].min()) > middle - 0.1
     with pytest.raises(SamplingError, match="All 4 particles of ensemble 0 are dead"):
         posterior.sample(replace(sampler, path=Half(50.0)), 4)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 import invdiff
 from invdiff import likelihoods, operators
 from invdiff.diagnostics.exactness import plane_problem
+from invdiff.diagnostics.mixture_measures import mode_shares, split_r_hat, total_variation
+from invdiff.diagnostics.mixtures import parted_modes
 from invdiff.driver import Budget, Cost
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.noise import Noise
@@ -73,14 +75,6 @@ def weak(seed: int = 1) -> Problem:
     """Four measured values, so that a short run makes its round trips."""
     mask = operators.Inpainting(torch.arange(16).reshape(4, 4) % 4 > 2, SHAPE)
     return Problem.simulate(mask, field().sample(1, seed=3)[0], noise_std=1.0, seed=seed)
-
-
-def modes() -> tuple[MixturePrior, Problem]:
-    """Three modes in the plane, 6 deviations apart."""
-    means = torch.tensor([[-3.0, 0.0], [3.0, 0.0], [0.0, 5.2]], dtype=F64)
-    prior = MixturePrior(torch.tensor([0.3, 0.5, 0.2], dtype=F64), means, torch.eye(2, dtype=F64).expand(3, 2, 2))
-    A = Matrix(torch.tensor([[0.3, 0.2]], dtype=F64), (2,))
-    return prior, Problem(likelihoods.Gaussian(A, torch.tensor([[0.3]], dtype=F64), 1.0))
 
 
 def line() -> tuple[MixturePrior, Problem]:
@@ -307,18 +301,18 @@ def test_draws_of_a_gaussian_posterior():
 
 
 def test_modes_have_their_shares_and_chains_agree():
-    prior, problem = modes()
-    exact = prior.posterior(problem.likelihood.operator, problem.likelihood.measurement[0], 1.0)
-    solution = Posterior(problem, prior, dtype=F64).sample(DMCMC(), 1200, chains=4, seed=2)
+    case = parted_modes()
+    exact = case.exact
+    solution = Posterior(case.problem, case.prior, dtype=F64).sample(DMCMC(), 1200, chains=4, seed=2)
     assert solution.is_chain
     assert solution.about["evaluations_per_draw"] == DMCMC().cost().forward == 20
-    shares = exact.law.responsibilities(solution.draws).mean(0)
+    error = total_variation(mode_shares(solution.draws, exact.law), exact.law.weights)
     # One draw in three is new: a round trip takes some 20 sweeps.
-    assert float((shares - exact.law.weights).abs().sum()) / 2 < 4.5 * 0.5 / math.sqrt(4800 / 3)
-    halves = next(iter(solution.by_chain.values())).reshape(8, 600, 2)
-    within, between = halves.var(1).mean(0), 600 * halves.mean(1).var(0)
-    assert float(((599 / 600 * within + between / 600) / within).sqrt().max()) < 1.01
-    z = (solution.draws - exact.law.means[1]) @ torch.linalg.inv(torch.linalg.cholesky(exact.law.covariances[1])).T
+    assert error < 4.5 * 0.5 / math.sqrt(4800 / 3)
+    assert split_r_hat(next(iter(solution.by_chain.values()))) < 1.01
+    z = (solution.draws - exact.law.means[1]).flatten(1) @ torch.linalg.inv(
+        torch.linalg.cholesky(exact.law.covariances[1])
+    ).T
     own = exact.law.responsibilities(solution.draws)[:, 1] > 0.99
     assert abs(float(z[own].square().mean()) - 1) < 4.5 * math.sqrt(1 / (own.sum() / 3)) + 0.05
 

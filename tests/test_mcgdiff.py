@@ -10,6 +10,7 @@ from torch import Tensor
 import invdiff
 from invdiff import likelihoods, operators
 from invdiff.diagnostics.exactness import check_sampler, exact_problem
+from invdiff.diagnostics.mixtures import random_mixture
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.metrics import sliced_wasserstein
 from invdiff.noise import Noise
@@ -17,7 +18,7 @@ from invdiff.operators.base import LinearOperator, Operator
 from invdiff.operators.composition import Affine
 from invdiff.operators.separable import Separable
 from invdiff.posterior import Posterior
-from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior
+from invdiff.priors import FieldPrior, GaussianPrior
 from invdiff.problem import Problem
 from invdiff.samplers.annealing import Levels
 from invdiff.samplers.mcgdiff import MCGDiff
@@ -176,24 +177,6 @@ def walked(sampler: MCGDiff, posterior: Posterior, n: int) -> Weighted:
     return state
 
 
-def mixture(d: int) -> tuple[MixturePrior, Separable, Tensor, float]:
-    """The mixtures of the docstring's table: 4 modes (5 in 8 dimensions), half of the dimensions measured."""
-    modes, measured, seed = {2: (4, 1, 3), 4: (4, 2, 5), 8: (5, 4, 7)}[d]
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=F64)
-
-    weights = torch.softmax(draw(modes) * 0.5, 0)
-    means, roots = 2.5 * draw(modes, d), 0.35 * draw(modes, d, d)
-    covariances = roots @ roots.mT + 0.15 * torch.eye(d, dtype=F64)
-    A = draw(measured, d) / math.sqrt(d)
-    truth = means[1] + torch.linalg.cholesky(covariances)[1] @ draw(d)
-    y = A @ truth + 0.3 * draw(measured)
-    prior = MixturePrior(weights, means.reshape(modes, 1, d, 1), covariances, sigma_min=0.02, sigma_max=40.0)
-    return prior, Separable(A, torch.eye(1, dtype=F64), (1, d, 1)), y.reshape(1, measured, 1), 0.3
-
-
 # Means over seeds of the sliced distance at 512 particles, and of the rms error of the evidence at 4096, of a fully
 # adapted sampler in plain code.
 TABLE = {2: (0.058, 0.05), 4: (0.063, 0.15)}
@@ -201,9 +184,8 @@ TABLE = {2: (0.058, 0.05), 4: (0.063, 0.15)}
 
 @pytest.mark.parametrize("d", [2, 4])
 def test_modes_and_evidence_are_those_of_the_posterior(d):
-    prior, A, y, std = mixture(d)
-    exact = prior.posterior(A, y, std)
-    posterior = Posterior(Problem(likelihoods.Gaussian(A, y[None], std)), prior, dtype=F64)
+    case = random_mixture(d)
+    exact, posterior = case.exact, Posterior(case.problem, case.prior, dtype=F64)
     n, chains = 1024, 3
     sampler, (distance, rms) = MCGDiff(steps=120), TABLE[d]
     solution = posterior.sample(sampler, n, chains=chains, seed=3)

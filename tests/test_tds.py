@@ -10,6 +10,8 @@ from torch import Tensor
 import invdiff
 from invdiff import likelihoods, operators
 from invdiff.diagnostics.exactness import check_sampler, plane_problem
+from invdiff.diagnostics.mixture_measures import mode_shares, total_variation
+from invdiff.diagnostics.mixtures import plane_modes
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.metrics import sliced_wasserstein
 from invdiff.noise import Noise
@@ -116,39 +118,30 @@ def test_steps_are_those_of_dense_algebra(problem):
     assert sampler.done(state)
 
 
-def modes(y: float = -0.9) -> tuple[MixturePrior, Problem]:
-    """Three modes in the plane, of which the measurement of one value leaves two, or one where y is 2.6."""
-    means = torch.tensor([[-3.0, 0.0], [3.0, 1.0], [0.0, -4.0]], dtype=F64)
-    covariances = torch.stack([torch.diag(torch.tensor(v, dtype=F64)) for v in ((0.3, 0.5), (0.2, 0.2), (0.6, 0.1))])
-    prior = MixturePrior(torch.tensor([0.2, 0.5, 0.3], dtype=F64), means, covariances, sigma_min=0.02, sigma_max=40.0)
-    A = Matrix(torch.tensor([[0.6, 0.8]], dtype=F64), (2,))
-    return prior, Problem(likelihoods.Gaussian(A, torch.tensor([[y]], dtype=F64), 0.7))
-
-
 SETTINGS = [{}, {"path": Noised(kappa=0.3)}, {"resampling": Stratified(), "prior_std": 2.0, "threshold": 0.9}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["default", "narrow", "stratified"])
 def test_modes_and_evidence_are_those_of_the_posterior(settings):
-    prior, problem = modes()
-    exact = prior.posterior(problem.likelihood.operator, problem.likelihood.measurement[0], 0.7)
-    solution = Posterior(problem, prior, dtype=F64).sample(TDS(steps=60, **settings), 500, chains=4, seed=2)
+    case = plane_modes()
+    exact, posterior = case.exact, Posterior(case.problem, case.prior, dtype=F64)
+    solution = posterior.sample(TDS(steps=60, **settings), 500, chains=4, seed=2)
     # The first-order chain of 60 steps leaves about 0.05 nats, and 0.03 of sliced distance.
     assert abs(solution.log_evidence - exact.log_evidence) < 0.1 + 4.0 * solution.log_evidence_se
     assert solution.log_evidence_se < 0.15
     assert solution.log_weights.shape == (4, 500)
     # 2000 draws of effectively no fewer than a quarter as many.
-    shares = exact.law.responsibilities(solution.draws.double()).mean(0)
-    assert float((shares - exact.law.weights).abs().sum()) / 2.0 < 4.5 * 0.5 / math.sqrt(500)
+    error = total_variation(mode_shares(solution.draws, exact.law), exact.law.weights)
+    assert error < 4.5 * 0.5 / math.sqrt(500)
     assert min(info.ess for info in solution.trace) > 0.05
 
 
 def test_draws_are_as_near_to_the_posterior_as_exact_ones():
     """Where one mode is left: with two the error of their shares hides all other."""
-    prior, problem = modes(2.6)
-    exact = prior.posterior(problem.likelihood.operator, problem.likelihood.measurement[0], 0.7)
-    draws = Posterior(problem, prior, dtype=F64).sample(TDS(steps=120, prior_std=2.5), 1000, seed=2).draws
-    others = [exact.sample(1000, seed=s) for s in range(5)]
+    case = plane_modes(2.6)
+    posterior = Posterior(case.problem, case.prior, dtype=F64)
+    draws = posterior.sample(TDS(steps=120, prior_std=2.5), 1000, seed=2).draws
+    others = [case.exact.sample(1000, seed=s) for s in range(5)]
     floors = [sliced_wasserstein(others[0], other) for other in others[1:]]
     # What 120 steps leave is 0.03; draws of a quarter of their number have twice the floor.
     assert sliced_wasserstein(draws, others[0]) < 2.0 * sum(floors) / 4 + 0.03
@@ -221,8 +214,8 @@ class Half(Path):
 
 
 def test_dead_particles_stay_dead_and_harm_no_other():
-    prior, problem = modes()
-    posterior, sampler = Posterior(problem, prior, dtype=F64), TDS(steps=20, path=Half(-1.0), threshold=0.0)
+    case = plane_modes()
+    posterior, sampler = Posterior(case.problem, case.prior, dtype=F64), TDS(steps=20, path=Half(-1.0), threshold=0.0)
     state = sampler.init(posterior, 1, 400, noise=Noise([3], 400, dtype=F64).at(0))
     deaths = []
     while not sampler.done(state):
@@ -234,7 +227,7 @@ def test_dead_particles_stay_dead_and_harm_no_other():
     assert 0 < deaths[-1] < 400
     solution = posterior.sample(replace(sampler, threshold=0.5), 400)
     # The last weight, which the path does not touch, leaves only those to the right at the last level but for a step.
-    assert float(solution.draws[:, 0].min()) > -1.1
+    assert float(solution.draws[:, 0, 0].min()) > -1.1
     with pytest.raises(SamplingError, match="All 4 particles of ensemble 0 are dead"):
         posterior.sample(TDS(steps=20, path=Half(50.0)), 4)
 

@@ -10,13 +10,15 @@ from torch import Tensor
 import invdiff
 from invdiff import likelihoods, operators
 from invdiff.diagnostics.exactness import check_sampler, field_problems, measure, plane_problem
+from invdiff.diagnostics.mixture_measures import mode_shares, total_variation
+from invdiff.diagnostics.mixtures import plane_modes
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.integrators import Euler, Heun
 from invdiff.noise import Noise
 from invdiff.operators.base import LinearOperator, Operator
 from invdiff.posterior import Posterior
 from invdiff.potential import Noised, Path, Tempered
-from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior
+from invdiff.priors import FieldPrior, GaussianPrior
 from invdiff.problem import Problem
 from invdiff.samplers.particles import Stratified, Systematic, conditional_ess
 from invdiff.samplers.preconditioner import Information, precondition
@@ -192,24 +194,13 @@ def test_weighted_draws_and_evidence_are_exact():
     assert not found.failures
 
 
-def modes() -> tuple[MixturePrior, Problem]:
-    means = torch.tensor([[-3.0, 0.0], [3.0, 1.0], [0.0, -4.0]], dtype=F64)
-    covariances = torch.stack([torch.diag(torch.tensor(v, dtype=F64)) for v in ((0.3, 0.5), (0.2, 0.2), (0.6, 0.1))])
-    prior = MixturePrior(torch.tensor([0.2, 0.5, 0.3], dtype=F64), means, covariances, sigma_min=1e-3, sigma_max=40.0)
-    A = Matrix(torch.tensor([[0.6, 0.8]], dtype=F64), (2,))
-    return prior, Problem(likelihoods.Gaussian(A, torch.tensor([[-0.9]], dtype=F64), 0.7))
-
-
 def test_weights_find_modes_and_evidence_and_draws_without_them_do_not():
-    prior, problem = modes()
-    likelihood = problem.likelihood
-    exact = prior.posterior(likelihood.operator, likelihood.measurement[0], 0.7)
-    off = {}
+    case = plane_modes()
+    exact, off = case.exact, {}
     for resampling in (None, Systematic(), Stratified()):
         sampler = TransportLangevin(steps=24, resampling=resampling)
-        solution = Posterior(problem, prior, dtype=F64).sample(sampler, 1000, chains=4, seed=2)
-        shares = exact.law.responsibilities(solution.draws.double()).mean(0)
-        off[resampling] = float((shares - exact.law.weights).abs().sum()) / 2.0
+        solution = Posterior(case.problem, case.prior, dtype=F64).sample(sampler, 1000, chains=4, seed=2)
+        off[resampling] = total_variation(mode_shares(solution.draws, exact.law), exact.law.weights)
         if resampling is not None:
             # 4000 draws of effectively no fewer than a quarter as many; Euler's flow leaves about 0.1 nats.
             assert off[resampling] < 4.5 * 0.5 / math.sqrt(1000)
@@ -220,13 +211,11 @@ def test_weights_find_modes_and_evidence_and_draws_without_them_do_not():
 
 
 def test_more_levels_bring_the_evidence_of_a_mixture_nearer():
-    prior, problem = modes()
-    exact = prior.posterior(problem.likelihood.operator, problem.likelihood.measurement[0], 0.7).log_evidence
-    errors = []
+    case, errors = plane_modes(), []
     for steps in (6, 48):
         sampler = TransportLangevin(steps=steps, refreshes=2, resampling=Systematic())
-        found = Posterior(problem, prior, dtype=F64).sample(sampler, 1000, chains=4, seed=2)
-        errors.append(abs(found.log_evidence - exact))
+        found = Posterior(case.problem, case.prior, dtype=F64).sample(sampler, 1000, chains=4, seed=2)
+        errors.append(abs(found.log_evidence - case.exact.log_evidence))
     assert errors[1] < errors[0] / 2.0
 
 
@@ -256,8 +245,8 @@ def test_levels_by_conditional_ess_keep_the_particles_alive():
 
 
 def test_levels_by_conditional_ess_are_the_furthest_that_keep_it():
-    prior, problem = modes()
-    posterior = Posterior(problem, prior, dtype=F64)
+    case = plane_modes()
+    posterior = Posterior(case.problem, case.prior, dtype=F64)
     sampler = TransportLangevin(steps=8, refreshes=1, resampling=Systematic(), threshold=0.0, conditional_ess=0.9)
     before: dict[str, Tensor] = {}
     kept = []

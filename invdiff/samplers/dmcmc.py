@@ -43,23 +43,23 @@ Departures: the paper samples priors. Its step has one size at all levels, which
 code takes the classifier's likeliest level, keeps the least noisy of every ten states, which is not a draw from the
 chain's law, and denoises it by an SDE.
 
-Exact as rungs grow, and step_size and sigma_0 fall. Measured on mixtures of three modes in the plane of which one value
-is measured, overlapping and 6 deviations apart, at the defaults and so 20 evaluations a kept draw with all burn-in:
+Exact as rungs grow, and step_size and sigma_0 fall. Measured on three unit modes in the plane of which one value is
+measured (`parted_modes` of `invdiff.diagnostics.mixtures`), 2.5 and 6 deviations apart, at the defaults and so 20
+evaluations a kept draw with all burn-in (docs/mixtures.json):
 
-    Wasserstein distance W2 of 600 draws, rms of 8 runs, in units of exact draws'              1.23     1.30
-    modes' shares of a chain of 2000 draws, total variation: mean of 24 (exact: some 0.012)    0.025    0.024
-    the largest of the 24                                                                      0.063    0.053
-    of four chains together, the largest of 6 runs                                             0.017    0.021
-    split R-hat of four chains, the largest of 6 runs                                          1.004    1.004
-    standard deviation / posterior's                                                           0.99     0.99
+    sliced W2 of a chain of 2000 draws, rms of 32 chains, in units of exact draws'             1.76     1.76
+    modes' shares of a chain, total variation, rms of 32 chains (exact draws: 0.009, 0.013)    0.018    0.024
+    of four chains together, the largest of 8 runs                                             0.013    0.018
+    split R-hat of four chains, the largest of 8 runs                                          1.003    1.002
 
-The defaults were chosen on these two mixtures. On two Gaussian values of which the sum is measured
-(`exactness.plane_problem`, 2400 draws) the variance is 0.96 of the posterior's with 5 rungs and 0.99 with 8. Where much
-is measured the ladder must be long: on the three Gaussian fields of `invdiff.diagnostics.exactness` (144 values, of
-which 36 to 144 are measured; 420 draws) no walker comes up again, with 5 or with 8 rungs, but for 6 round trips on the
-down-sampling. The warning says so; what is left is a Langevin chain at the lowest rungs, whose mean errs by 6.8, 3.0
-and 1.9 floors at 20 evaluations a draw, 1.7, 1.2 and 1.2 at 152 with 8 rungs, with variance 0.98 to 1.00 of the
-posterior's: right on one mode, and no use for its other purpose.
+The defaults were chosen on such mixtures. Rungs that lie too far apart for one step of the flow are climbed all the
+same, and no warning is given: with 2 rungs in place of 5 the distance is 12 times that of exact draws. On two Gaussian
+values of which the sum is measured (`exactness.plane_problem`, 2400 draws) the variance is 0.96 of the posterior's with
+5 rungs and 0.99 with 8. Where much is measured the ladder must be long: on the three Gaussian fields of
+`invdiff.diagnostics.exactness` (144 values, of which 36 to 144 are measured; 420 draws) no walker comes up again, with
+5 or with 8 rungs, but for 6 round trips on the down-sampling. The warning says so; what is left is a Langevin chain at
+the lowest rungs, whose mean errs by 6.8, 3.0 and 1.9 floors at 20 evaluations a draw, 1.7, 1.2 and 1.2 at 152 with 8
+rungs, with variance 0.98 to 1.00 of the posterior's: right on one mode, and no use for its other purpose.
 
 Cost: three forward passes a sweep of a walker, none backward: 3 (burn_in / keep + steps) a draw where keep divides
 the draws; a run of fewer than ``keep`` draws has one walker and pays all of its burn-in.

@@ -22,17 +22,22 @@ its own scale, where the code multiplies rewards by lambda = 10; its sum of rewa
 log-likelihoods is as narrow as the likelihood to the power of the steps.
 
 Exact as particles grow, for the discretised prior, whose own error vanishes as steps grow, sigma_min -> 0 and
-sigma_max -> infinity (the start is N(mean, sigma_max^2)). Measured on Gaussian mixtures of 4, 4 and 5 modes, of which
-1, 2 and 4 combinations are measured with noise 0.3 (120 steps, 4096 particles, tau the prior's, means over 4 seeds):
+sigma_max -> infinity (the start is N(mean, sigma_max^2)). Measured on the mixtures of `invdiff.diagnostics.mixtures`,
+of which 1, 2 and 4 combinations are measured with noise 0.3 (120 steps, 4 ensembles of 4096 particles, tau the prior's;
+docs/mixtures.json):
 
     dimensions                           2       4       8
-    sliced distance W2                   0.021   0.037   0.102     exact draws: 0.016   0.018   0.021
-    rms error of log evidence, nats      0.03    0.03    0.18
+    sliced distance W2                   0.029   0.036   0.072     exact draws: 0.014   0.016   0.019
+    rms error of log evidence, nats      0.02    0.06    0.06
+    the same with the maximum            0.034   0.035   0.147
+                                         0.03    0.02    0.33
+    the same with the plain p(y | D)     0.095   0.057   0.293
+                                         4.03    1.11    23.5
 
-and in two dimensions 0.043 and 0.07 with the maximum, 0.097 and 4.0 with the plain p(y | D). The error of the chain is
-the prior's own: ancestral steps are of first order, and leave a Gaussian in two dimensions with 0.90, 0.92 and 0.97 of
-the posterior's variance at 60, 150 and 400 steps. Without gradients the particles needed grow exponentially with what
-the measurement tells: problems with many measured values collapse to few ancestors, which ``ess`` in the trace shows.
+The error of the chain is the prior's own: ancestral steps are of first order, and leave a Gaussian in two dimensions
+with 0.90, 0.92 and 0.97 of the posterior's variance at 60, 150 and 400 steps. Without gradients the particles needed
+grow exponentially with what the measurement tells: problems with many measured values collapse to few ancestors, which
+``ess`` in the trace shows.
 
 Cost: one forward pass a step.
 """

@@ -26,13 +26,13 @@ bias. (Division by a drawn trajectory's N(y_sigma; A z, R) has the same target, 
 start is N(mean, sigma_max^2) times the first potential.
 
 Exact if averaged, as particles and steps grow, sigma_min -> 0 and sigma_max -> infinity; biased if drawn. Measured on
-Gaussian mixtures of 4, 4 and 5 modes, of which 1, 2 and 4 combinations are measured with noise 0.3 (120 steps, 4096
-particles, means over 4 seeds):
+the mixtures of `invdiff.diagnostics.mixtures`, of which 1, 2 and 4 combinations are measured with noise 0.3 (120 steps,
+4 ensembles of 4096 particles; docs/mixtures.json):
 
     dimensions                           2       4       8
-    averaged: sliced distance W2         0.024   0.036   0.071     exact draws: 0.016   0.018   0.021
-    rms error of log evidence, nats      0.04    0.10    0.22
-    drawn: sliced distance W2            0.116   0.460   0.236
+    averaged: sliced distance W2         0.020   0.026   0.064     exact draws: 0.014   0.016   0.019
+    rms error of log evidence, nats      0.06    0.18    0.17
+    drawn: sliced distance W2            0.111   0.437   0.204
 
 Drawn, the measured combination of the first has 0.39, 0.26 and 0.17 of the posterior's standard deviation at 30, 120
 and 480 steps. Averaged, the target on a Gaussian in two dimensions has, in closed form, 0.79, 0.95 and 0.98 of the

@@ -24,15 +24,15 @@ the target is the posterior of the discretised prior for any kappa. But for a sm
 the level tau the particles lie within sqrt(kappa) tau of y~, and under that target within sqrt(2) tau. The code leaves
 out the potentials' determinants, which the evidence needs.
 
-Exact as particles and steps grow, kappa -> 0, sigma_min -> 0 and sigma_max -> infinity. Measured on Gaussian mixtures
-of 4, 4 and 5 modes, of which 1, 2 and 4 combinations are measured with noise 0.3 (120 steps, 4096 particles, means
-over 4 seeds):
+Exact as particles and steps grow, kappa -> 0, sigma_min -> 0 and sigma_max -> infinity. Measured on the mixtures of
+`invdiff.diagnostics.mixtures`, of which 1, 2 and 4 combinations are measured with noise 0.3 (120 steps, 4 ensembles of
+4096 particles; docs/mixtures.json):
 
     dimensions                           2       4       8
-    sliced distance W2                   0.023   0.030   0.084     exact draws: 0.016   0.018   0.021
-    rms error of log evidence, nats      0.04    0.21    0.17
-    the same with bridge=False           0.098   0.113   0.382
-                                         0.30    2.7     2.6
+    sliced distance W2                   0.029   0.034   0.086     exact draws: 0.014   0.016   0.019
+    rms error of log evidence, nats      0.21    0.18    0.22
+    the same with bridge=False           0.095   0.140   0.301
+                                         0.31    2.58    2.47
 
 The error of the chain is of first order: the target on a Gaussian in two dimensions has, in closed form, 0.61, 0.90
 and 0.96 of the posterior's variance at 30, 150 and 400 steps. Draws with bridge=False have 0.76 and 0.78 at 30 and 150.
