@@ -34,7 +34,8 @@ however many processes; each process must have as many walkers as the others.
 
 A warning is given if an ensemble's walkers made fewer than three round trips between the ends of the ladder on average,
 or visits were fewer than three quarters of the draws: then there are too few rungs for what is measured, or sweeps for
-the rungs. Round trips do not see a top rung that is too low to join the modes.
+the rungs. Another is given if neighbouring rungs are more than a factor of 8 apart, which are climbed with the wrong
+law. Neither sees a top rung that is too low to join the modes.
 
 Law of the draws: p(z) p(y | Phi(z)), with Phi the flow from 0 to sigma_0, which moves a Gaussian prior of width w by
 sigma_0^2 / (2 w^2) of itself; where the prior is thin against sigma_0, p(z) N(y; A z, R + sigma_0^2 A A^T).
@@ -53,7 +54,7 @@ evaluations a kept draw with all burn-in (docs/mixtures.json):
     split R-hat of four chains, the largest of 8 runs                                          1.003    1.002
 
 The defaults were chosen on such mixtures. Rungs that lie too far apart for one step of the flow are climbed all the
-same, and no warning is given: with 2 rungs in place of 5 the distance is 12 times that of exact draws. On two Gaussian
+same: with 2 rungs in place of 5 the distance is 12 times that of exact draws. On two Gaussian
 values of which the sum is measured (`exactness.plane_problem`, 2400 draws) the variance is 0.96 of the posterior's with
 5 rungs and 0.99 with 8. Where much is measured the ladder must be long: on the three Gaussian fields of
 `invdiff.diagnostics.exactness` (144 values, of which 36 to 144 are measured; 420 draws) no walker comes up again, with
@@ -68,6 +69,7 @@ the draws; a run of fewer than ``keep`` draws has one walker and pays all of its
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import ceil, inf, sqrt
 from typing import ClassVar, final
 
@@ -91,6 +93,8 @@ _ROUND_TRIPS = 3.0
 """Round trips a walker below which a run is said to have mixed too little."""
 _VISITS = 0.75
 """Visits to the lowest rung a draw, likewise."""
+_APART = 8.0
+"""Factor between neighbouring rungs above which a midpoint step of the flow is too coarse."""
 
 
 @final
@@ -328,6 +332,15 @@ class DMCMC(Sampler):
                 f"DMCMC's ladder is too short, or its run: {trips:.1f} round trips a walker, where at least "
                 f"{_ROUND_TRIPS:g} are needed, and {'at least ' * (fewest == n)}{fewest} visits to the lowest rung for "
                 f"{n} draws. Take more rungs than {self.rungs}, more steps, or more draws a walker (keep).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        apart = max(b / a for a, b in pairwise(self.ladder(posterior)))
+        if apart > _APART:
+            warnings.warn(
+                f"DMCMC's ladder is too short: neighbouring rungs are a factor of {apart:.1f} apart, which one step of "
+                f"the flow does not follow; above {_APART:g} walkers climb and descend with the wrong law. Take more "
+                f"rungs than {self.rungs}, or levels with a lower sigma_max.",
                 RuntimeWarning,
                 stacklevel=2,
             )
