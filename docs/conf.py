@@ -26,6 +26,7 @@ extensions = [
 TABLES = {
     "exactness": "exactness",
     "mixtures": "mixtures",
+    "fields": "fields",
     "calibration": "calibration",
     "imaging_64": "imaging",
     "imaging_256": "imaging",

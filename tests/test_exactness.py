@@ -218,7 +218,7 @@ def test_several_variables_are_refused():
 
 def test_the_denoiser_given_to_deepinv_is_the_exact_one_with_its_gradient():
     case, passes = FIELDS[0], Passes()
-    denoiser = exactness_deepinv.exact_denoiser(case, passes)
+    denoiser = exactness_deepinv.exact_denoiser(case.prior, passes)
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, *case.prior.shape, generator=generator, dtype=torch.float64)
     sigma = torch.tensor([0.05, 0.3, 2.0], dtype=torch.float64)
@@ -259,7 +259,7 @@ def test_deepinv_draws_for_several_measurements_stand_measurement_by_measurement
     case = FIELDS[0]
     two = torch.cat([case.problem.likelihood.measurement, 1.0 - case.problem.likelihood.measurement])
     likelihood, shape = Gaussian(case.problem.likelihood.operator, two, 0.05), case.prior.shape
-    run = draw("DDRM", {}, likelihood, lambda passes: exactness_deepinv.exact_denoiser(case, passes), shape, 4, 0)
+    run = draw("DDRM", {}, likelihood, lambda passes: exactness_deepinv.exact_denoiser(case.prior, passes), shape, 4, 0)
     residual = (case.problem.likelihood.operator(run.draws.double()) - two.repeat_interleave(4, 0)).square().mean(1)
     assert float(residual.max()) < (4 * 0.05) ** 2
 

@@ -153,6 +153,58 @@ def test_the_stiffest_direction_is_followed_from_level_to_level(problem, steps):
 
 
 @pytest.mark.parametrize("problem", [blurred(), mixed()], ids=["svd", "no-svd"])
+def test_a_step_with_momentum_is_that_of_dense_algebra(problem):
+    posterior, n, c = Posterior(problem, field(), dtype=F64), 3, 0.6
+    sampler = TransportLangevin(steps=8, refreshes=2, momentum=c)
+    levels = sampler.ladder(posterior)
+    sigma, after = levels[4], levels[5]
+    z, carried = normal(1, n, *SHAPE), normal(1, n, *SHAPE, seed=1)
+    state = replace(TransportState.begin(z, carried=carried), step=4)
+    found, _ = sampler.step(posterior, state, noise=Noise([7], n, dtype=F64).at(5))
+    C, m, one = field().covariance, field().mean.flatten(), torch.eye(16, dtype=F64)
+    noised, (A, y, R) = C + sigma**2 * one, dense_problem(posterior, sigma)
+    pre = precondition(posterior, Information.along(posterior, Noised(), sigma), sigma, 0.8)
+    root = dense(lambda v: pre.root(v[None])[0])
+    eP = dense(lambda v: pre.refresh(torch.zeros_like(v), v, torch.zeros_like(v)))
+    torch.testing.assert_close(root @ root, 2.0 * eP, rtol=1e-10, atol=1e-12)
+
+    def grad(x: Tensor) -> Tensor:
+        return (m - x) @ torch.linalg.inv(noised) + (y - x @ A.mT) @ torch.linalg.inv(R) @ A
+
+    noise, x, v = Noise([7], n, dtype=F64).at(5), z[0].flatten(1), carried[0].flatten(1)
+    for kick in (0.5, 1.0):
+        u = v + kick * grad(x) @ root
+        v = c * u + math.sqrt(1.0 - c**2) * noise.like(z)[0].flatten(1)
+        x = x + 0.5 * (u + v) @ root
+    v = v + 0.5 * grad(x) @ root
+    values, vectors = torch.linalg.eigh(C)
+    flow = vectors @ torch.diag(((values + after**2) / (values + sigma**2)).sqrt()) @ vectors.mT
+    tolerance = 1e-9 if posterior.linear.has_svd else 1e-5
+    torch.testing.assert_close(found.z[0].flatten(1), m + (x - m) @ flow, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.carried[0].flatten(1), v, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize("sigma", [0.02, 1.0, 30.0])
+def test_momentum_leaves_a_gaussian_as_it_is(c, sigma):
+    """Closed form: cov(z) = H^-1, cov(v) = 1 - root H root / 4, and z and v independent, are kept by a step."""
+    posterior = Posterior(blurred(), field(), dtype=F64)
+    A, _, R = dense_problem(posterior, sigma)
+    one = torch.eye(16, dtype=F64)
+    H = torch.linalg.inv(field().covariance + sigma**2 * one) + A.mT @ torch.linalg.inv(R) @ A
+    pre = precondition(posterior, Information.along(posterior, Noised(), sigma), sigma, 0.8)
+    root = dense(lambda v: pre.root(v[None])[0])
+    zero = torch.zeros_like(one)
+    kick = torch.cat((torch.cat((one, zero), 1), torch.cat((-0.5 * root @ H, one), 1)))
+    # On (z, u): v = c u + noise, and half a drift with each.
+    turn = torch.cat((torch.cat((one, 0.5 * (1.0 + c) * root), 1), torch.cat((zero, c * one), 1)))
+    noise = math.sqrt(1.0 - c**2) * torch.cat((0.5 * root, one))
+    law = torch.block_diag(torch.linalg.inv(H), one - 0.25 * root @ H @ root)
+    after = kick @ (turn @ (kick @ law @ kick.mT) @ turn.mT + noise @ noise.mT) @ kick.mT
+    torch.testing.assert_close(after, law, rtol=2e-5, atol=2e-5 * float(law.abs().max()))
+
+
+@pytest.mark.parametrize("problem", [blurred(), mixed()], ids=["svd", "no-svd"])
 def test_the_start_has_its_law_and_evidence(problem):
     posterior, n = Posterior(problem, field(), dtype=F64), 20_000
     sampler = TransportLangevin(steps=10, resampling=Systematic(), levels=invdiff.samplers.Levels(sigma_max=2.0))
@@ -326,6 +378,7 @@ def test_a_prior_without_curvature_takes_the_flat_step():
 def test_cost_is_what_is_counted():
     for sampler in (
         TransportLangevin(steps=5, refreshes=3),
+        TransportLangevin(steps=5, refreshes=2, momentum=0.5),
         TransportLangevin(steps=5, refreshes=2, integrator=Heun()),
         TransportLangevin(steps=1, refreshes=1, integrator=Euler(), resampling=Systematic()),
     ):
@@ -344,6 +397,7 @@ def test_cost_is_what_is_counted():
         ({"threshold": 1.5}, r"in \[0, 1\]; got 1\.5"),
         ({"floor": -0.1}, r"in \[0, 1\]; got -0\.1"),
         ({"slope": -1.0}, "positive bound"),
+        ({"momentum": 1.0}, r"in \[0, 1\); got 1\.0"),
         ({"conditional_ess": 1.0, "resampling": Systematic()}, r"in \(0, 1\); got 1\.0"),
         ({"conditional_ess": 0.9}, "need weights"),
         ({"conditional_ess": 0.9, "resampling": Systematic(), "integrator": Heun()}, "default integrator"),

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from invdiff.bench.deepinv_samplers import Passes, Run, Settings, draw
 from invdiff.diagnostics.exactness import ExactProblem
+from invdiff.priors.field import FieldPrior
+from invdiff.priors.gaussian import GaussianPrior
 
 
-def exact_denoiser(case: ExactProblem, passes: Passes) -> Any:
-    """Make the problem's exact denoiser a deepinv `Denoiser`; ``passes`` counts its pictures, forward and backward.
+def exact_denoiser(prior: FieldPrior | GaussianPrior, passes: Passes) -> Any:
+    """Make a prior's exact denoiser a deepinv `Denoiser`; ``passes`` counts its pictures, forward and backward.
 
     A Gaussian's denoiser is affine in the noisy picture and its Jacobian symmetric: the backward pass is exact, too.
     """
     from deepinv.models import Denoiser
 
-    prior, mean = case.prior, case.prior.mean
+    mean = prior.mean
 
     class Affine(torch.autograd.Function):
         @staticmethod
@@ -47,7 +49,13 @@ def exact_denoiser(case: ExactProblem, passes: Passes) -> Any:
 
 def run(sampler: str, settings: Settings, case: ExactProblem, draws: int, seed: int) -> Run:
     """Draw from a problem's posterior with one of deepinv's samplers; see `invdiff.bench.deepinv_samplers.draw`."""
-    shape = tuple(case.prior.shape)
+    prior = case.prior
     return draw(
-        sampler, settings, case.problem.likelihood, lambda passes: exact_denoiser(case, passes), shape, draws, seed
+        sampler,
+        settings,
+        case.problem.likelihood,
+        lambda passes: exact_denoiser(prior, passes),
+        tuple(prior.shape),
+        draws,
+        seed,
     )

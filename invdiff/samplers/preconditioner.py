@@ -69,6 +69,13 @@ class Preconditioner:
         to = self.basis.to_basis
         return z + self.basis.from_basis(values * to(grad) + torch.sqrt(2.0 * values) * to(noise))
 
+    def root(self, z: Tensor) -> Tensor:
+        """Return sqrt(2 E) z for z of shape (ensemble, particle, *shape)."""
+        scale = torch.sqrt(2.0 * self.values.to(z))
+        if self.basis is None:
+            return scale * z
+        return self.basis.from_basis(scale * self.basis.to_basis(z.flatten(0, 1))).reshape(z.shape)
+
 
 @dataclass(frozen=True)
 class Information:
