@@ -67,6 +67,7 @@ PAGES = (
     "priors",
     "exactness",
     "mixtures",
+    "fields",
     "calibration",
     "imaging",
     "contracts",

@@ -155,27 +155,27 @@ def _head(names: Sequence[str], left: int) -> list[str]:
 
 _COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73", "#808080", "#B8860B", "#56B4E9", "#000000")
 """By kind; after Okabe & Ito, told apart with every kind of colour vision, with a darker yellow."""
-_ROWS = (("mean_error", "error of the mean / floor", (0.5, 60.0)), ("variance_ratio", "variance ratio", (0.02, 50.0)))
+_COLUMNS = (
+    ("mean_error", "error of the mean / floor", (0.7, 50.0)),
+    ("variance_ratio", "variance ratio", (0.1, 10.0)),
+)
 
 
 def draw_figure(report: dict[str, Any], path: Path) -> None:
-    """Draw the error of the mean and the variance ratio against passes, a column a task; what leaves a panel is cut."""
+    """Draw the error of the mean and the variance ratio against passes, a row a task; curves end at the edges."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     tasks = tasks_of(report, "frontier")
     with mpl.rc_context({"svg.hashsalt": "invdiff", "font.size": 9}):
-        figure = Figure(figsize=(5.4 * len(tasks), 10.5))
-        axes = figure.subplots(len(_ROWS), len(tasks), squeeze=False)
-        figure.subplots_adjust(left=0.045, right=0.895, top=0.96, bottom=0.05, wspace=0.62, hspace=0.14)
-        for i, (key, label, limits) in enumerate(_ROWS):
-            for j, task in enumerate(tasks):
+        figure = Figure(figsize=(13.0, 5.4 * len(tasks)))
+        axes = figure.subplots(len(tasks), len(_COLUMNS), squeeze=False)
+        figure.subplots_adjust(left=0.05, right=0.86, top=1.0 - 0.1 / len(tasks), bottom=0.12 / len(tasks), wspace=0.55)
+        for i, task in enumerate(tasks):
+            for j, (key, label, limits) in enumerate(_COLUMNS):
                 _panel(axes[i, j], frontier(report, task), key, limits)
-                axes[i, j].set_ylabel(label)
-                if i == 0:
-                    axes[i, j].set_title(task)
-                else:
-                    axes[i, j].set_xlabel("passes through the network, forward + backward")
+                axes[i, j].set_title(f"{task}: {label}", loc="left")
+                axes[i, j].set_xlabel("passes through the network, forward + backward")
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
 
 
@@ -188,38 +188,47 @@ def _panel(ax: Any, curves: dict[str, list[Row]], key: str, limits: tuple[float,
         x = [max(1.0, r["evaluations"] + r["backward"]) for r in rows]
         y = [min(high, max(low, r[key])) for r in rows]
         theirs, colour = rows[0]["library"] == "deepinv", _COLOURS[rows[0]["kind"]]
-        heavy = rows[0]["kind"] == 0
+        heavy = name == "TransportLangevin, momentum"
         ax.plot(
             x,
             y,
             color=colour,
-            linestyle="--" if theirs else "-",
-            linewidth=2.0 if heavy else 1.0,
+            linestyle=(0, (4, 2)) if theirs else "-",
+            linewidth=2.2 if heavy else 0.9,
             marker="s" if theirs else "o",
-            markersize=3.5,
+            markersize=4.0 if heavy else 2.8,
             markerfacecolor="white" if theirs else colour,
             zorder=3 if heavy else 2,
             clip_on=False,
         )
         ends.append((log(y[-1] / low) / log(high / low), x[-1], y[-1], name, colour, heavy))
     ends.sort(key=lambda end: end[:2])
+    ax.set_yticks(ticks := [t for t in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0) if low <= t <= high], [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
     for place, (_, x_end, y_end, name, colour, heavy) in zip(_spread([e[0] for e in ends]), ends, strict=True):
         ax.annotate(
-            name,
+            name.replace("TransportLangevin", "Transport"),
             (x_end, y_end),
-            xytext=(1.06, place),
+            xytext=(1.09, place),
             textcoords="axes fraction",
             color=colour,
-            fontsize=7.5,
+            fontsize=8,
             fontweight="bold" if heavy else "normal",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.4,
+                "shrinkA": 0,
+                "shrinkB": 2,
+                "relpos": (0.0, 0.5),
+            },
         )
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
 
 
-def _spread(places: Sequence[float], gap: float = 0.036) -> list[float]:
+def _spread(places: Sequence[float], gap: float = 0.035) -> list[float]:
     """Rising places in [0, 1], moved as little as keeps them a gap apart: neighbours that collide share their mean."""
     groups: list[list[float]] = []
     for p in places:
