@@ -38,8 +38,8 @@ FAULTS = [
     (
         "an unpermuted state: resampled draws that stay where they were",
         "invdiff/solution.py",
-        "torch.stack([row[index.to(row.device)] for row, index in zip(x, ancestors, strict=True)])",
-        "torch.stack([row for row, index in zip(x, ancestors, strict=True)])",
+        "torch.stack([row[i.to(row.device)] for row, i in zip(rows, index, strict=True)])",
+        "torch.stack([row for row, i in zip(rows, index, strict=True)])",
         "tests/test_solution.py::test_weighted_draws_are_resampled_within_their_chain",
     ),
     (

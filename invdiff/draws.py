@@ -66,3 +66,24 @@ def systematic_resample(
     points = points.reshape(e, draws).clamp(max=1.0 - 2.0**-53)  # (draws - 1 + uniform) / draws may round to 1
     # The first particle whose cumulative weight exceeds the point: one of no weight is never taken.
     return torch.searchsorted(cumulative, points, right=True).clamp_(max=n - 1)
+
+
+def categorical(log_weights: Tensor, uniform: Tensor) -> Tensor:
+    """One index of each law along the last axis, by inversion of its cumulative weights.
+
+    Parameters
+    ----------
+    log_weights
+        Logs of weights, which need not sum to 1, shape (..., v); minus infinity is never drawn.
+    uniform
+        Values in [0, 1), float64, one for each law, broadcasting against (...).
+
+    Returns
+    -------
+        Indices, int64, of the shape that the two broadcast to; 0 where all weights vanish or one is NaN.
+    """
+    cumulative = torch.softmax(log_weights.double(), dim=-1).cumsum(-1)
+    total = cumulative[..., -1:]
+    # Below the total also after rounding: what has no weight is never drawn.
+    point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cumulative <= point).sum(-1)

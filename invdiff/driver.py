@@ -90,6 +90,10 @@ class Sampler(ABC):
     def cost(self) -> Cost:
         """Network evaluations that one draw will need, for estimates before the run."""
 
+    def cost_on(self, posterior: Any) -> Cost:  # noqa: ARG002 for those that override it
+        """As `cost`, on a given posterior; they differ where the cost follows from the number of tokens."""
+        return self.cost()
+
     @abstractmethod
     def init(self, posterior: Any, ensembles: int, n: int, *, noise: Noise) -> State:
         """First state, of ``ensembles`` ensembles of ``n`` particles, those of this process."""

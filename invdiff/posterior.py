@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from invdiff import driver
 from invdiff.driver import Budget, Callback, Sampler
-from invdiff.errors import CapabilityError, InputError, ShapeError
+from invdiff.errors import CapabilityError, InputError, SamplingError, ShapeError
 from invdiff.event import Event, check_agreement, plain_event
 from invdiff.likelihoods import Gaussian, Likelihood, Poisson
 from invdiff.linear_gaussian import LinearGaussian, linear_gaussian
@@ -29,6 +29,7 @@ from invdiff.operators.composition import Affine
 from invdiff.parallel import ALONE, Shard
 from invdiff.potential import LogProbAndGrad, Path
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior, Sigma
+from invdiff.priors.masked import check_tokens
 from invdiff.problem import Problem
 from invdiff.provenance import prior_key, provenance
 from invdiff.solution import Solution
@@ -79,8 +80,50 @@ class Block:
     linear: LinearGaussian | None
 
 
+@dataclass(frozen=True)
+class TokenBlock:
+    """A micro-batch of sequences with masked tokens, handed to the caller's function of their conditionals.
+
+    Parameters
+    ----------
+    probs
+        Conditionals of these rows, (n, length, V), float64; one-hot where a token is known.
+    codebook
+        Vector of each token, (V, c).
+    decode
+        Physical units from vectors (n, length, c).
+    likelihood
+        Of these rows' measurements.
+    linear
+        The linear-Gaussian problem of these rows in vectors, or None.
+    responses
+        What each token at each position adds to the noise-free measurement, (length, V, measured), float64, where the
+        problem is linear, else None.
+    """
+
+    probs: Tensor
+    codebook: Tensor
+    decode: Callable[[Tensor], Tensor]
+    likelihood: Likelihood
+    linear: LinearGaussian | None
+    responses: Tensor | None
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The likelihood, of Gaussian noise.
+
+        Raises
+        ------
+        CapabilityError
+            If it is another one.
+        """
+        if not isinstance(self.likelihood, Gaussian):
+            raise CapabilityError(f"The noise of {type(self.likelihood).__name__} is not Gaussian.")
+        return self.likelihood
+
+
 class Posterior:
-    """``p(z | y)`` in the prior's latent space.
+    """``p(z | y)`` in the prior's latent space; under a masked prior z are tokens, int64.
 
     Parameters
     ----------
@@ -134,12 +177,14 @@ class Posterior:
             if self.device.type == "cuda" and PRECISIONS[precision] is not None:
                 prior.to(memory_format=torch.channels_last)  # what the tensor cores' convolutions take as it is
         self.shape = tuple(prior.shape)
+        self._tokens = None if isinstance(prior, DiffusionPrior) or not isinstance(prior, MaskedPrior) else prior
         self._curvature: Curvature | None = getattr(prior, "curvature", None)
-        decoder = getattr(prior, "decoder", None)
+        # The way out of a masked prior's vectors, of any other prior's states.
+        decoder = getattr(prior, "decoder" if self._tokens is None else "detokeniser", None)
         self._decoder: Operator | None = decoder.to(self.device) if isinstance(decoder, Operator) else None
-        self.event: Event = getattr(prior, "event", None) or plain_event(
-            self._decoder.out_shape if self._decoder else self.shape
-        )
+        self._codebook = None if self._tokens is None else self._tokens.codebook.to(device=self.device, dtype=dtype)
+        self._responses: Tensor | None = None
+        self.event: Event = getattr(prior, "event", None) or plain_event(self._physical_shape())
         for p in problems:
             check_agreement(p.event, self.event)
         likelihood = problems[0].likelihood if len(problems) == 1 else _stack([p.likelihood for p in problems])
@@ -155,7 +200,10 @@ class Posterior:
             config.donated_buffer = False
             # One shape: code for any number of rows is slower, and it is what a second shape would bring.
             self._denoise = torch.compile(self._denoise, dynamic=False)
-        self._linear = linear_gaussian(self._likelihood, self._decoder)
+        knows = self._tokens is None or self._decoder is not None
+        linear = linear_gaussian(self._likelihood, self._decoder) if knows else None
+        self._linear: LinearGaussian | None = linear if self._tokens is None else None
+        self._vector_linear: LinearGaussian | None = None if self._tokens is None else linear
         self._mean: Tensor | None = None
         self._noise_std: float | None = None  # worked out once: a look at the device waits for it
 
@@ -183,8 +231,18 @@ class Posterior:
 
     @property
     def linear(self) -> LinearGaussian | None:
-        """The linear-Gaussian problem in latent units, or None."""
+        """The linear-Gaussian problem in latent units, or None; tokens have none."""
         return self._linear
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens of a masked prior, the mask not among them."""
+        return self._masked().vocabulary_size
+
+    @property
+    def mask_token(self) -> int:
+        """Index of a masked prior's mask."""
+        return self._masked().mask_token
 
     @property
     def measurements(self) -> int:
@@ -205,17 +263,18 @@ class Posterior:
     def capabilities(self) -> frozenset[str]:
         """What samplers may rely on.
 
-        Of likelihood_gradient, denoiser, denoiser_vjp, curvature, gaussian, linear, svd, masked.
+        Of likelihood_gradient, denoiser, denoiser_vjp, curvature, gaussian, linear, svd, masked, embedding_gradient.
         """
         found = set()
         # A likelihood's operators, and those that they are made of, are its modules.
         if all(getattr(module, "differentiable", True) for module in self._likelihood.modules()):
-            found.add("likelihood_gradient")
+            # Tokens have no gradient; the vectors that stand for them do.
+            found.add("likelihood_gradient" if self._tokens is None else "embedding_gradient")
         if isinstance(self._likelihood, Gaussian):
             found.add("gaussian")
         if isinstance(self.prior, DiffusionPrior):
             found |= {"denoiser"} | ({"denoiser_vjp"} if getattr(self.prior, "differentiable", True) else set())
-        if isinstance(self.prior, MaskedPrior):
+        if self._tokens is not None:
             found.add("masked")
         if self.curvature is not None:
             found.add("curvature")
@@ -269,13 +328,50 @@ class Posterior:
         return torch.cat(denoised).reshape(z.shape), torch.cat(products).reshape(z.shape)
 
     def log_probs(self, tokens: Tensor) -> Tensor:
-        """Log-probabilities (..., length, vocabulary) of a masked prior at tokens (..., length)."""
-        if not isinstance(self.prior, MaskedPrior):
-            raise CapabilityError(f"{type(self.prior).__name__} is not a masked prior; it has no log_probs.")
-        flat = self._flat(tokens)
+        """Log-probabilities (..., length, vocabulary) of a masked prior at tokens (..., length), float64.
+
+        Raises
+        ------
+        CapabilityError
+            If the prior is not a masked one.
+        ShapeError, InputError
+            If the sequences have another length, or a token is out of the vocabulary.
+        SamplingError
+            If the prior gives NaN.
+        """
+        prior, flat = self._masked(), self._flat(tokens)
+        check_tokens(flat, self.shape[-1], prior.mask_token, type(prior).__name__)
         self.evaluations.denoiser += len(flat)
-        out = torch.cat([self.prior.log_probs(flat[s]) for s in self._chunks(len(flat))])
-        return out.reshape(*tokens.shape, out.shape[-1])
+        level, found = PRECISIONS[self.precision], []
+        for s in self._chunks(len(flat)):
+            with torch.autocast(self.device.type, dtype=level) if level is not None else nullcontext():
+                found.append(prior.log_probs(flat[s]))
+        # Low precision would draw as from a lower temperature.
+        out = torch.cat([t.double() for t in found])
+        if bool(torch.isnan(out).any()):
+            raise SamplingError(f"{type(prior).__name__} gave log-probabilities that are NaN; check its network.")
+        return out.reshape(*tokens.shape, prior.vocabulary_size)
+
+    def token_rows(self, log_probs: Tensor, function: Callable[[TokenBlock], Tensor]) -> Tensor:
+        """Apply a function to the conditionals (..., length, vocabulary) of sequences; as the leading axes in shape."""
+        assert self._codebook is not None
+        lead = log_probs.shape[:-2]
+        flat, rows = log_probs.flatten(0, -3), self.rows(log_probs[..., 0])
+        self.evaluations.likelihood += len(flat)
+        parts = [
+            function(
+                TokenBlock(
+                    probs=flat[s].exp(),
+                    codebook=self._codebook,
+                    decode=self._from_vectors,
+                    likelihood=self._likelihood.rows(rows[s]),
+                    linear=None if self._vector_linear is None else self._vector_linear.rows(rows[s]),
+                    responses=self._token_responses(),
+                )
+            )
+            for s in self._chunks(len(flat))
+        ]
+        return torch.cat(parts).reshape(lead)
 
     def noised_mean(self) -> Tensor:
         """Mean of the prior as its denoiser sees it at sigma_max, (*shape): the centre of the first noisy state."""
@@ -306,7 +402,9 @@ class Posterior:
         return self._over_rows(z, lambda likelihood, x: (likelihood.log_prob(self._decoded(x)),))[0]
 
     def log_likelihood_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log p(y | z) and its gradient with respect to z."""
+        """Log p(y | z) and its gradient with respect to z, which tokens have not."""
+        if self._tokens is not None:
+            raise CapabilityError("Tokens have no gradient; `token_rows` gives the way to that of their vectors.")
         self.evaluations.likelihood_grad += self._count(z)
         value, grad = self._over_rows(z, lambda likelihood, x: self._latent(likelihood)(x))
         return value, grad.reshape(z.shape)
@@ -475,6 +573,35 @@ class Posterior:
                 )
         return solutions
 
+    def _masked(self) -> MaskedPrior:
+        if self._tokens is None:
+            raise CapabilityError(f"{type(self.prior).__name__} is not a masked prior; it has no tokens.")
+        return self._tokens
+
+    def _physical_shape(self) -> tuple[int, ...]:
+        """Shape of the unknown where the prior does not say."""
+        if self._decoder is not None:
+            return self._decoder.out_shape
+        if self._codebook is None:
+            return self.shape
+        with torch.no_grad():
+            return tuple(self._from_vectors(self._codebook[:1].expand(1, *self.shape, -1)).shape[1:])
+
+    def _from_vectors(self, embedding: Tensor) -> Tensor:
+        """Physical units from a masked prior's vectors (n, length, c)."""
+        return self._masked().decode_embedding(embedding)
+
+    def _token_responses(self) -> Tensor | None:
+        """Return what A makes of each token at each position, all other vectors zero; worked out once."""
+        if self._vector_linear is None or self._codebook is None:
+            return None
+        if self._responses is None:
+            A, (length,), c = self._vector_linear.operator, self.shape, self._codebook.shape[1]
+            basis = torch.eye(length * c, dtype=self.dtype, device=self.device).reshape(-1, length, c)
+            columns = torch.cat([A(basis[s]) for s in self._chunks(len(basis))]).reshape(length, c, -1).double()
+            self._responses = torch.einsum("vc,lcm->lvm", self._codebook.double(), columns)
+        return self._responses
+
     def _continuous(self) -> DiffusionPrior:
         if not isinstance(self.prior, DiffusionPrior):
             raise CapabilityError(f"{type(self.prior).__name__} has no noise levels; it is not a diffusion prior.")
@@ -496,6 +623,10 @@ class Posterior:
             return self._denoise(z, sigma)[:n].to(z.dtype)
 
     def _decoded(self, z: Tensor) -> Tensor:
+        if self._tokens is not None:
+            assert self._codebook is not None
+            check_tokens(z, self.shape[-1], self._tokens.vocabulary_size - 1, type(self._tokens).__name__)
+            return self._from_vectors(self._codebook[z])
         if self._decoder is not None:
             return self._decoder(z)
         decode = getattr(self.prior, "decode", None)

@@ -42,6 +42,8 @@ class Solution:
     particles, log_weights, ancestors
         The weighted draws that the equal-weight ones were resampled from, by variable, (chain, particle, *shape); their
         log-weights, and for each draw the particle it copies; None where the sampler's draws have equal weight.
+    tokens, particle_tokens
+        Under a masked prior, the tokens of ``by_chain`` and of ``particles``, (chain, draw, length), int64; else None.
     chain_log_evidence
         Log p(y) from each ensemble, or None.
     is_chain
@@ -65,6 +67,8 @@ class Solution:
     particles: Mapping[str, Tensor] | None = None
     log_weights: Tensor | None = None
     ancestors: Tensor | None = None
+    tokens: Tensor | None = None
+    particle_tokens: Tensor | None = None
     chain_log_evidence: Tensor | None = None
     is_chain: bool = False
     deviance: Tensor
@@ -91,13 +95,20 @@ class Solution:
     ) -> Self:
         """Build the solution of one problem from the ensembles ``part`` of a run's draws."""
         x = decode(draws.z[part])
-        weights, particles, ancestors = None, None, None
+        weights, particles, ancestors, particle_tokens = None, None, None, None
+        tokens = None if draws.z.is_floating_point() else draws.z[part]
         if draws.log_weights is not None:
             # On the CPU, where sums round in one way: every process of a run takes the same draws.
             weights, particles = draws.log_weights[part].cpu(), _by_name(split(x), event)
             noise = Noise([seed + i for i in range(len(x))], 1)
             ancestors = systematic_resample(weights, noise.shared())
-            x = torch.stack([row[index.to(row.device)] for row, index in zip(x, ancestors, strict=True)])
+
+            def chosen(rows: Tensor, index: Tensor = ancestors) -> Tensor:
+                return torch.stack([row[i.to(row.device)] for row, i in zip(rows, index, strict=True)])
+
+            x = chosen(x)
+            if tokens is not None:
+                tokens, particle_tokens = chosen(tokens), tokens
         flat = x.reshape(-1, *x.shape[2:])
         deviance = torch.cat([likelihood.deviance(rows) for rows in torch.split(flat, micro_batch or len(flat))])
         measured = getattr(likelihood, "measurement", None)
@@ -107,6 +118,8 @@ class Solution:
             particles=None if particles is None else _cpu(particles),
             log_weights=weights,
             ancestors=ancestors,
+            tokens=None if tokens is None else tokens.cpu(),
+            particle_tokens=None if particle_tokens is None else particle_tokens.cpu(),
             chain_log_evidence=None if draws.log_evidence is None else draws.log_evidence[part].cpu(),
             is_chain=draws.is_chain,
             deviance=deviance.reshape(x.shape[:2]).cpu(),

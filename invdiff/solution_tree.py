@@ -1,8 +1,8 @@
 """A solution as an xarray DataTree in ArviZ's schema, and back; this is where xarray loads.
 
 Groups: ``posterior`` (chain, draw, event), ``particles`` with ``log_weight`` where there were weights,
-``sample_stats``, ``trace`` (one entry a step), ``observed_data``, ``constant_data`` (the truth); provenance in the
-root's attributes.
+``tokens`` under a masked prior, ``sample_stats``, ``trace`` (one entry a step), ``observed_data``, ``constant_data``
+(the truth); provenance in the root's attributes.
 """
 
 import json
@@ -71,6 +71,11 @@ def to_tree(solution: "Solution") -> "xr.DataTree":
         groups["/particles"] = xr.Dataset(
             {v.name: _array(solution.particles[v.name], lead, v, dims) for v in event}
         ).assign(log_weight=(lead, solution.log_weights.numpy()))
+    if solution.tokens is not None:
+        found = {"tokens": ((*chain_draw, "position"), solution.tokens.numpy())}
+        if solution.particle_tokens is not None:
+            found["particle_tokens"] = (("chain", "particle", "position"), solution.particle_tokens.numpy())
+        groups["/tokens"] = xr.Dataset(found)
     if solution.trace:
         columns = {
             f.name: (
@@ -146,6 +151,8 @@ def _from_tree(tree: "xr.DataTree") -> "Solution":
         particles=_tensors(tree["particles"], event) if weighted else None,
         log_weights=column(tree["particles"], "log_weight") if weighted else None,
         ancestors=column(stats, "ancestor"),
+        tokens=column(tree["tokens"], "tokens") if "tokens" in groups else None,
+        particle_tokens=column(tree["tokens"], "particle_tokens") if "tokens" in groups else None,
         chain_log_evidence=column(stats, "log_evidence"),
         is_chain=is_chain,
         deviance=torch.from_numpy(stats["deviance"].values.copy()),

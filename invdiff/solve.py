@@ -78,6 +78,8 @@ def choose_sampler(posterior: Posterior, draws: int) -> tuple[Sampler, str]:
     measured: log-weights spread as the measured values grow. Elsewhere draws of equal weight are worth more.
     """
     can = posterior.capabilities
+    if "masked" in can:
+        return samplers.TwistedSMC(), "masked prior: weighted particles of tokens, exact in the limit, with evidence"
     measured = posterior.measurements
     if draws >= PARTICLES and measured <= MEASURED:
         carried = f"{measured} measured values, which {draws} weighted particles can carry"

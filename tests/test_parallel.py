@@ -93,7 +93,7 @@ SAMPLERS = WEIGHTED | {
     "dmcmc-few": samplers.DMCMC(steps=2, rungs=3, burn_in=20, keep=3),  # fewer visits than draws
 }
 ALL = SAMPLERS | EVERY
-COMPARED = {2: list(ALL), 4: [*WEIGHTED, "unweighted", "pigdm", "dmcmc", "dmcmc-few"]}
+COMPARED = {2: list(ALL), 4: [*WEIGHTED, "unweighted", "pigdm", "dmcmc", "dmcmc-few", "every twisted-smc"]}
 
 
 def large(name: str, prior: DiffusionPrior | None = None, device: str | None = None) -> Posterior:
@@ -213,17 +213,18 @@ def scene_statistics(folder: Path, rank: int, world: int) -> object:
 
 def spoilt(prior: DiffusionPrior, rank: int, how: str) -> DiffusionPrior:
     """Let a prior's network give NaN, or raise, on one process from its fifth call on."""
-    whole, calls = prior.denoise, []
+    name = "denoise" if hasattr(prior, "denoise") else "log_probs"
+    whole, calls = getattr(prior, name), []
 
-    def denoise(z: Tensor, sigma: float | Tensor) -> Tensor:
-        calls.append(sigma)
+    def network(*given: Tensor | float) -> Tensor:
+        calls.append(given)
         if len(calls) >= 5 and dist.get_rank() == rank:
             if how == "raise":
                 raise ValueError("the network's own trouble")
-            return z * float("nan")
-        return whole(z, sigma)
+            return whole(*given) * float("nan")
+        return whole(*given)
 
-    prior.denoise = denoise
+    setattr(prior, name, network)
     return prior
 
 
@@ -498,7 +499,7 @@ def worlds(*sizes: int):
 def test_every_sampler_of_the_library_is_run_here(alone):
     assert {type(s) for s in EVERY.values()} == set(sampler_classes().values())
     have_weights = {type(ALL[key.split("/")[0]]) for key in alone if key.endswith("/log_weights")}
-    assert have_weights == {type(s) for s in WEIGHTED.values()}
+    assert have_weights == {type(s) for s in WEIGHTED.values()} | {samplers.TwistedSMC}
 
 
 @pytest.mark.parametrize(("size", "sampler"), [(size, name) for size, names in COMPARED.items() for name in names])

@@ -16,7 +16,7 @@ from invdiff.noise import Noise
 from invdiff.operators.base import LinearOperator, Operator
 from invdiff.posterior import Posterior, _on
 from invdiff.potential import Noised, Tempered
-from invdiff.priors import FieldPrior, GaussianPrior, MixturePrior, NetworkPrior
+from invdiff.priors import FieldPrior, GaussianPrior, MarkovChainPrior, MixturePrior, NetworkPrior
 from invdiff.problem import Problem
 from invdiff.solve import solve
 
@@ -436,6 +436,13 @@ def test_the_tempered_path_scales_any_likelihood():
 
 # Runs: company, micro-batches and seeds.
 
+
+def token_prior() -> MarkovChainPrior:
+    """Eight tokens of three, whose vectors decode to the shape of the pictures here."""
+    law = torch.softmax(normal(3, 3, seed=8), 1)
+    return MarkovChainPrior(law[0], law, 8, codebook=normal(3, 2, seed=9), detokeniser=operators.Reshape((8, 2), SHAPE))
+
+
 RUNS = {
     "pigdm-jacobian": (samplers.PiGDM(steps=6), mixture_prior),
     "pigdm-isotropic": (samplers.PiGDM(steps=6, covariance=samplers.Isotropic()), mixture_prior),
@@ -476,6 +483,9 @@ RUNS = {
     "diffpir": (samplers.DiffPIR(steps=6), mixture_prior),
     "red-diff": (samplers.REDDiff(steps=6), mixture_prior),
     "importance": (samplers.ImportanceSampling(steps=6), mixture_prior),
+    "twisted-smc": (samplers.TwistedSMC(threshold=1.0), token_prior),
+    "twisted-smc-before": (samplers.TwistedSMC(lookahead=False, order="entropy"), token_prior),
+    "masked-gibbs": (samplers.MaskedGibbs(steps=6), token_prior),
 }
 
 

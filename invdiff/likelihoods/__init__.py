@@ -1,9 +1,10 @@
 """Likelihoods: what was measured and how, in physical units."""
 
 from invdiff.likelihoods.base import Likelihood
+from invdiff.likelihoods.binary_symmetric import BinarySymmetric
 from invdiff.likelihoods.gaussian import Gaussian
 from invdiff.likelihoods.objective import Objective
 from invdiff.likelihoods.poisson import Poisson
 from invdiff.likelihoods.product import Product
 
-__all__ = ["Gaussian", "Likelihood", "Objective", "Poisson", "Product"]
+__all__ = ["BinarySymmetric", "Gaussian", "Likelihood", "Objective", "Poisson", "Product"]

@@ -12,7 +12,9 @@ from invdiff.operators.inpainting import Inpainting, box_mask, random_mask
 from invdiff.operators.kernels import bicubic_kernel, gaussian_kernel, motion_kernel
 from invdiff.operators.mri import MRI, cartesian_mask
 from invdiff.operators.nonlinear_blur import NonlinearBlur
+from invdiff.operators.parity import Parity
 from invdiff.operators.phase_retrieval import PhaseRetrieval
+from invdiff.operators.reshape import Reshape
 from invdiff.operators.separable import Separable
 from invdiff.operators.stacking import Stack, stack
 from invdiff.operators.tomography import Tomography
@@ -29,7 +31,9 @@ __all__ = [
     "LinearOperator",
     "NonlinearBlur",
     "Operator",
+    "Parity",
     "PhaseRetrieval",
+    "Reshape",
     "Scale",
     "Separable",
     "Stack",

@@ -2,12 +2,15 @@
 
 from invdiff.priors import adapters
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior
+from invdiff.priors.chain import MarkovChainPrior
 from invdiff.priors.diffusion import NetworkPrior
 from invdiff.priors.field import FieldPrior
 from invdiff.priors.frequency_table import FrequencyTable
 from invdiff.priors.gaussian import GaussianPrior
+from invdiff.priors.grid import IsingPrior, PottsPrior
 from invdiff.priors.loading import load_prior
 from invdiff.priors.mixture import MixturePrior
+from invdiff.priors.product_mixture import ProductMixturePrior
 from invdiff.priors.tiled import TiledPrior
 
 __all__ = [
@@ -16,9 +19,13 @@ __all__ = [
     "FieldPrior",
     "FrequencyTable",
     "GaussianPrior",
+    "IsingPrior",
+    "MarkovChainPrior",
     "MaskedPrior",
     "MixturePrior",
     "NetworkPrior",
+    "PottsPrior",
+    "ProductMixturePrior",
     "TiledPrior",
     "adapters",
     "load_prior",

@@ -41,7 +41,12 @@ class DiffusionPrior(Protocol):
 
 @runtime_checkable
 class MaskedPrior(Protocol):
-    """A masked discrete diffusion prior with time-independent conditionals (Ou et al. 2024, RADD)."""
+    """A masked discrete diffusion prior with time-independent conditionals (Ou et al. 2024, RADD).
+
+    Optional members, used where they exist: ``detokeniser`` (an Operator from embeddings (length, c) to physical units
+    that `decode_embedding` applies; says whether the way out is linear), ``event``, ``sample(n, seed=)``, ``name`` and
+    ``key`` (a hash of what defines it).
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +74,20 @@ class MaskedPrior(Protocol):
 
     def decode_embedding(self, embedding: Tensor) -> Tensor:
         """Physical units from embeddings (n, length, c), so that guidance through soft embeddings has its way."""
+        ...
+
+
+@runtime_checkable
+class Measurement(Protocol):
+    """What an exact posterior asks of a likelihood."""
+
+    @property
+    def problems(self) -> int:
+        """Number of measurements held."""
+        ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability of the measurement at x (n, *shape), physical units."""
         ...
 
 

@@ -13,6 +13,7 @@ from invdiff.samplers.fk_steering import FKSteering
 from invdiff.samplers.fps import FPS
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
+from invdiff.samplers.masked_gibbs import MaskedGibbs
 from invdiff.samplers.mcgdiff import MCGDiff
 from invdiff.samplers.particles import BirthDeath, Resampling, Residual, Stratified, Systematic
 from invdiff.samplers.pcn import PCN
@@ -21,6 +22,8 @@ from invdiff.samplers.red_diff import REDDiff
 from invdiff.samplers.split_gibbs import SplitGibbs
 from invdiff.samplers.tds import TDS
 from invdiff.samplers.transport_langevin import TransportLangevin
+from invdiff.samplers.twisted_smc import TwistedSMC
+from invdiff.samplers.twists import MomentMatched, PlugIn, Twist
 from invdiff.samplers.ula import ULA
 
 __all__ = [
@@ -44,7 +47,10 @@ __all__ = [
     "Langevin",
     "Levels",
     "MCGDiff",
+    "MaskedGibbs",
+    "MomentMatched",
     "PiGDM",
+    "PlugIn",
     "REDDiff",
     "Resampling",
     "Residual",
@@ -54,4 +60,6 @@ __all__ = [
     "Stratified",
     "Systematic",
     "TransportLangevin",
+    "Twist",
+    "TwistedSMC",
 ]
