@@ -141,6 +141,27 @@ FAULTS = [
         "tests/test_prior_adapters.py::test_the_denoiser_is_exact_between_the_steps_too",
     ),
     (
+        "twisted weights without the last twist",
+        "invdiff/samplers/twisted_smc.py",
+        "increment = torch.logsumexp(joint, dim=-1) - state.log_twist",
+        "increment = torch.logsumexp(joint, dim=-1) - 0.0 * state.log_twist",
+        "tests/test_discrete_samplers.py::test_twisted_particles_tend_to_the_enumerated_posterior",
+    ),
+    (
+        "a likelihood ratio that is tempered",
+        "invdiff/samplers/masked_gibbs.py",
+        ".log() < gained",
+        ".log() < 0.5 * gained",
+        "tests/test_discrete_samplers.py::test_a_move_leaves_the_posterior_as_it_is",
+    ),
+    (
+        "conditionals that see what is known on one side alone",
+        "invdiff/priors/chain.py",
+        "log_matmul(backward[-1] + evidence[:, length - i], P.mT)",
+        "log_matmul(backward[-1], P.mT)",
+        "tests/test_masked_priors.py::test_conditionals_are_those_of_enumeration_at_any_masking",
+    ),
+    (
         "calibration that ranks a constant for the log-likelihood",
         "invdiff/diagnostics/calibration.py",
         "{**functions, LIKELIHOOD: log_likelihood}",

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from invdiff.draws import categorical
 from invdiff.errors import CapabilityError, InputError
 from invdiff.noise import Noise, stream_key
 from invdiff.priors.base import Measurement
@@ -57,7 +56,10 @@ class EnumeratedPosterior:
     def sample(self, n: int, *, seed: int = 0) -> Int[Tensor, "n length"]:
         """Independent exact draws, and independent of what the prior draws with the same seed."""
         noise = Noise([stream_key(seed, "posterior", "sample")], n, device=self.states.device)
-        return self.states[categorical(self.log_probs[None], noise.uniform(noise.slots))]
+        cumulative = self.log_probs.exp().cumsum(0)  # one law for all: searched, where `categorical` would compare
+        point = noise.uniform(noise.slots) * cumulative[-1]
+        point = torch.minimum(point, torch.nextafter(cumulative[-1], torch.zeros_like(cumulative[-1])))
+        return self.states[torch.searchsorted(cumulative, point, right=True)]
 
 
 def token_marginals(
