@@ -38,7 +38,7 @@ EVIDENCE = {name: 0.06 if name.startswith("product") or name == "parity-8" else 
 """Largest mean deviation of their log evidence, nats."""
 FALL, GIBBS_TV = 0.35, 0.03
 """Largest TV of 16 000 particles over that of 1000; largest TV of walkers."""
-MOVES = {"product-mixture-sums": 600, "parity-12": 900}
+MOVES = {"chain-8": 400, "product-mixture-sums": 600, "parity-12": 900}
 _FEW_MOVES = 150
 _MICRO_BATCH = 8192  # fits a core's cache
 
