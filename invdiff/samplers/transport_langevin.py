@@ -41,9 +41,9 @@ Measured on the three Gaussian fields of `invdiff.diagnostics.exactness` (inpain
     Systematic  20 x 4 = 100    0.9   0.9   0.9     1.01   0.99   1.00       1.01   0.99   1.00    -0.4   -1.3   -0.4
     Systematic  60 x 4 = 300    1.0   1.1   1.0     1.00   0.99   1.01       1.00   0.99   1.01    +0.0   -0.6   -0.0
 
-Where half of many more values are measured sharply, and the soft directions between them lag behind the falling levels,
-``momentum=0.6, refreshes=2, step_size=0.5`` with levels of rho = -10 from five times the widest direction's deviation is
-at the floor with fewer evaluations, and its evidence is nearer (`invdiff.bench.fields`).
+Where half of many more values are measured sharply, soft directions between them lag behind the falling levels, and
+``momentum=0.6, refreshes=2, step_size=0.5``, with levels of rho = -10 from five times the widest direction's deviation,
+is at the floor with fewer evaluations and nearer to the evidence (`invdiff.bench.fields`).
 
 On the mixtures of `invdiff.diagnostics.mixtures` in 2, 4 and 8 dimensions (1, 2 and 4 measured values, noise 0.3; 16
 ensembles of 4096 particles; docs/mixtures.json): sliced W2 (4096 exact draws: 0.014, 0.016, 0.019), mean error of the
