@@ -179,21 +179,6 @@ def test_a_problem_that_is_not_linear(path):
         assert abs(solution.log_evidence - evidence) < 0.05 + 4.5 / math.sqrt(size)
 
 
-def test_draws_do_not_depend_on_micro_batches_or_company():
-    sampler, problems = FKSteering(steps=6, threshold=0.9), [mixed(seed=5), mixed(seed=6)]
-
-    def both(**settings) -> list:
-        return Posterior(problems, pictures(), dtype=F64, **settings).sample(sampler, 12, chains=2, seed=4)
-
-    whole, parts = both(), both(micro_batch=5)
-    for i, problem in enumerate(problems):
-        alone = Posterior(problem, pictures(), dtype=F64).sample(sampler, 12, chains=2, seed=4)
-        for other in (parts[i], alone):
-            torch.testing.assert_close(whole[i].draws, other.draws, rtol=0.0, atol=1e-10)
-            torch.testing.assert_close(whole[i].chain_log_evidence, other.chain_log_evidence, rtol=0.0, atol=1e-9)
-    assert not torch.allclose(whole[0].draws, whole[1].draws, atol=1e-2)
-
-
 @dataclass(frozen=True)
 class Half(Path):
     """Kills what is denoised to a first value below a level."""

@@ -287,22 +287,6 @@ def test_the_target_is_that_of_the_chain_with_and_without_resampling(threshold, 
 # The contract.
 
 
-def test_draws_do_not_depend_on_micro_batches_or_company():
-    A, sampler = OPERATORS["circular"], MCGDiff(steps=8)
-    problems = [Problem(likelihoods.Gaussian(A, normal(1, *SHAPE, seed=s), STD)) for s in (5, 6)]
-
-    def both(**settings) -> list:
-        return Posterior(problems, field(), dtype=F64, **settings).sample(sampler, 12, chains=2, seed=4)
-
-    whole, parts = both(), both(micro_batch=5)
-    for i, problem in enumerate(problems):
-        alone = Posterior(problem, field(), dtype=F64).sample(sampler, 12, chains=2, seed=4)
-        for other in (parts[i], alone):
-            torch.testing.assert_close(whole[i].draws, other.draws, rtol=0.0, atol=1e-10)
-            torch.testing.assert_close(whole[i].chain_log_evidence, other.chain_log_evidence, rtol=0.0, atol=1e-9)
-    assert not torch.allclose(whole[0].draws, whole[1].draws, atol=1e-2)
-
-
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_single_precision_gives_the_same_draws(name):
     sampler = MCGDiff(steps=8, threshold=0.0)

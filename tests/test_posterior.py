@@ -510,6 +510,8 @@ def test_company_and_micro_batches_do_not_change_draws(sampler, prior):
             assert torch.equal(other.measurement, one.likelihood.measurement[0])
             if alone.log_evidence is not None:
                 assert math.isclose(other.log_evidence, alone.log_evidence, rel_tol=1e-10)
+            if alone.log_weights is not None:
+                torch.testing.assert_close(other.log_weights, alone.log_weights, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(together[0].draws, together[1].draws)
     chains = together[0].by_chain["image"]
     assert not torch.allclose(chains[0], chains[1])

@@ -45,7 +45,7 @@ from invdiff.samplers import (
 from invdiff.solve import solve
 
 EVALUATIONS = 50
-"""Network evaluations a draw, forward; backward ones are reported."""
+"""Network evaluations a draw unless told otherwise, forward; backward ones are reported."""
 MICRO_BATCH = {64: 52, 256: 16}
 """Pictures in one differentiated pass through the network, by their side; other passes hold all rows of a run."""
 
@@ -66,11 +66,13 @@ class Contender:
     ranges
         Settings by name; a pair (low, high) is logarithmically uniform, a list is chosen from.
     make
-        Our sampler of some settings.
+        Our sampler of a number of evaluations and some settings.
     gradient
         Whether it differentiates the network; such runs take three times as long.
     peer, fixed
         Name of deepinv's sampler in `invdiff.bench.deepinv_samplers`, and the settings that are not tuned.
+    steps
+        deepinv's setting that says how many steps to take, and by how many that number exceeds the evaluations.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Contender:
     make: Callable[..., Sampler] | None = None
     peer: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,70 +95,80 @@ class Result:
     seconds: float
 
 
-def _pigdm(integrator: str = "DPMSolver2M", sigma_min: float | None = None, rho: float = 7.0) -> Sampler:
+def _pigdm(
+    evaluations: int, integrator: str = "DPMSolver2M", sigma_min: float | None = None, rho: float = 7.0
+) -> Sampler:
     return PiGDM(
-        steps=EVALUATIONS,
+        steps=evaluations,
         covariance=Spectral(),
         integrator=_INTEGRATORS[integrator](),
         levels=Levels(sigma_min=sigma_min, rho=rho),
     )
 
 
-def _pigdm_isotropic(prior_std: float = 1.0, integrator: str = "DPMSolver2M", rho: float = 7.0) -> Sampler:
+def _pigdm_isotropic(
+    evaluations: int, prior_std: float = 1.0, integrator: str = "DPMSolver2M", rho: float = 7.0
+) -> Sampler:
     return PiGDM(
-        steps=EVALUATIONS,
+        steps=evaluations,
         covariance=Isotropic(prior_std=prior_std),
         integrator=_INTEGRATORS[integrator](),
         levels=Levels(rho=rho),
     )
 
 
-def _pigdm_jacobian(max_iterations: int = 3, integrator: str = "Ancestral", rho: float = 7.0) -> Sampler:
+def _pigdm_jacobian(
+    evaluations: int, max_iterations: int = 3, integrator: str = "Ancestral", rho: float = 7.0
+) -> Sampler:
     return PiGDM(
-        steps=EVALUATIONS,
+        steps=evaluations,
         covariance=Jacobian(max_iterations=max_iterations),
         integrator=_INTEGRATORS[integrator](),
         levels=Levels(rho=rho),
     )
 
 
-def _dps(scale: float = 1.0, sigma_min: float | None = None) -> Sampler:
-    return DPS(steps=EVALUATIONS, scale=scale, levels=Levels(sigma_min=sigma_min))
+def _dps(evaluations: int, scale: float = 1.0, sigma_min: float | None = None) -> Sampler:
+    return DPS(steps=evaluations, scale=scale, levels=Levels(sigma_min=sigma_min))
 
 
-def _daps(ode_steps: int = 2, inner: str = "Langevin", sigma_min: float | None = None, rho: float = 7.0) -> Sampler:
+def _daps(
+    evaluations: int, ode_steps: int = 2, inner: str = "Langevin", sigma_min: float | None = None, rho: float = 7.0
+) -> Sampler:
     return DAPS(
-        steps=EVALUATIONS // ode_steps,
+        steps=evaluations // ode_steps,
         ode_steps=ode_steps,
         inner=Langevin() if inner == "Langevin" else ExactInner(),
         levels=Levels(sigma_min=sigma_min, rho=rho),
     )
 
 
-def _ddrm(eta: float = 0.85, eta_b: float = 1.0, rho: float = 7.0) -> Sampler:
-    return DDRM(steps=EVALUATIONS, eta=eta, eta_b=eta_b, levels=Levels(rho=rho))
+def _ddrm(evaluations: int, eta: float = 0.85, eta_b: float = 1.0, rho: float = 7.0) -> Sampler:
+    return DDRM(steps=evaluations, eta=eta, eta_b=eta_b, levels=Levels(rho=rho))
 
 
-def _ddnm(eta: float = 0.85, sigma_min: float | None = None, rho: float = 7.0) -> Sampler:
-    return DDNM(steps=EVALUATIONS, eta=eta, levels=Levels(sigma_min=sigma_min, rho=rho))
+def _ddnm(evaluations: int, eta: float = 0.85, sigma_min: float | None = None, rho: float = 7.0) -> Sampler:
+    return DDNM(steps=evaluations, eta=eta, levels=Levels(sigma_min=sigma_min, rho=rho))
 
 
-def _diffpir(lam: float = 1.0, zeta: float = 0.8, rho: float = 7.0) -> Sampler:
-    return DiffPIR(steps=EVALUATIONS, lam=lam, zeta=zeta, levels=Levels(rho=rho))
+def _diffpir(evaluations: int, lam: float = 1.0, zeta: float = 0.8, rho: float = 7.0) -> Sampler:
+    return DiffPIR(steps=evaluations, lam=lam, zeta=zeta, levels=Levels(rho=rho))
 
 
-def _red_diff(lam: float = 0.25, lr: float | None = None, rho: float = 7.0) -> Sampler:
-    return REDDiff(steps=EVALUATIONS, lam=lam, lr=lr, levels=Levels(rho=rho))
+def _red_diff(evaluations: int, lam: float = 0.25, lr: float | None = None, rho: float = 7.0) -> Sampler:
+    return REDDiff(steps=evaluations, lam=lam, lr=lr, levels=Levels(rho=rho))
 
 
-def _split_gibbs(prior_steps: int = 1, **levels: float) -> Sampler:
+def _split_gibbs(evaluations: int, prior_steps: int = 1, **levels: float) -> Sampler:
     default = SplitGibbs().levels
-    return SplitGibbs(steps=EVALUATIONS // prior_steps, prior_steps=prior_steps, levels=replace(default, **levels))
+    return SplitGibbs(steps=evaluations // prior_steps, prior_steps=prior_steps, levels=replace(default, **levels))
 
 
-def _transport(refreshes: int = 4, step_size: float = 0.8, floor: float | None = None, rho: float = -4.0) -> Sampler:
+def _transport(
+    evaluations: int, refreshes: int = 4, step_size: float = 0.8, floor: float | None = None, rho: float = -4.0
+) -> Sampler:
     return TransportLangevin(
-        steps=EVALUATIONS // (1 + refreshes),
+        steps=evaluations // (1 + refreshes),
         refreshes=refreshes,
         step_size=step_size,
         floor=floor,
@@ -163,8 +176,8 @@ def _transport(refreshes: int = 4, step_size: float = 0.8, floor: float | None =
     )
 
 
-def _ula(rate: float = 1.0, sigma: float | None = None) -> Sampler:
-    return ULA(steps=EVALUATIONS, rate=rate, sigma=sigma)
+def _ula(evaluations: int, rate: float = 1.0, sigma: float | None = None) -> Sampler:
+    return ULA(steps=evaluations, rate=rate, sigma=sigma)
 
 
 _INTEGRATORS = {"DPMSolver2M": DPMSolver2M, "Ancestral": Ancestral}
@@ -226,21 +239,23 @@ CONTENDERS: tuple[Contender, ...] = (
         gradient=True,
         library="deepinv",
         peer="DPS",
-        fixed={"num_steps": EVALUATIONS + 1, "dtype": torch.float32},
+        fixed={"dtype": "float32"},
+        steps=("num_steps", 1),
         ranges={"weight": (0.1, 1000.0), "guidance": ["norm", "annealed"]},
     ),
     Contender(
         name="deepinv DDRM",
         library="deepinv",
         peer="DDRM",
-        fixed={"num_steps": EVALUATIONS},
+        steps=("num_steps", 0),
         ranges={"eta": _SHARE, "etab": [0.6, 0.8, 1.0], "sigma_max": (0.3, 40.0)},
     ),
     Contender(
         name="deepinv DiffPIR",
         library="deepinv",
         peer="DiffPIR",
-        fixed={"max_iter": EVALUATIONS, "sigma": NOISE_STD},
+        fixed={"sigma": NOISE_STD},
+        steps=("max_iter", 0),
         ranges={"lambda_": (0.1, 30.0), "zeta": _SHARE},
     ),
     Contender(
@@ -250,12 +265,12 @@ CONTENDERS: tuple[Contender, ...] = (
         peer="PosteriorDiffusion",
         fixed={
             "fidelity": "PiGDM",
-            "num_steps": EVALUATIONS + 1,
             "dtype": "float32",
             "times": "quadratic",
             "denoise_output": False,
             "cg_max_iter": 3,
         },
+        steps=("num_steps", 1),
         ranges={"weight": (0.1, 3.0), "times": ["quadratic", "linear"], "cg_max_iter": [3, 10]},
     ),
 )
@@ -286,8 +301,9 @@ def run(
     device: str,
     precision: str,
     compiled: bool,
+    evaluations: int = EVALUATIONS,
 ) -> Result:
-    """Draw for every problem of a group.
+    """Draw for every problem of a group, with at most so many network evaluations a draw.
 
     Raises
     ------
@@ -302,7 +318,7 @@ def run(
         solutions = solve(
             list(batch.problems),
             prior,
-            contender.make(**settings),
+            contender.make(evaluations, **settings),
             draws=draws,
             seed=0,
             device=device,
@@ -320,7 +336,7 @@ def run(
     likelihood = Gaussian.stack([p.likelihood for p in batch.problems]).to(device)  # type: ignore[misc]
     found = deepinv_samplers.draw(
         contender.peer,
-        {**contender.fixed, **settings},
+        {**contender.fixed, contender.steps[0]: evaluations + contender.steps[1], **settings},
         likelihood,
         lambda passes: to_deepinv(_Shared(prior, passes, precision, size, compiled=compiled)),
         tuple(prior.shape),

@@ -83,7 +83,10 @@ def _generator(y: Tensor) -> torch.Generator:
 def _dps(denoiser: Any, physics: Any, y: Tensor, shape: tuple[int, ...], seed: int, settings: Settings) -> Tensor:
     import deepinv
 
-    solver = deepinv.sampling.DPS(denoiser, rng=_generator(y), device=y.device, **settings)
+    s: dict[str, Any] = dict(settings)
+    if "dtype" in s:
+        s["dtype"] = getattr(torch, s["dtype"])
+    solver = deepinv.sampling.DPS(denoiser, rng=_generator(y), device=y.device, **s)
     draws: Tensor = solver(y, physics, x_init=shape, seed=seed)
     return draws
 
@@ -158,7 +161,7 @@ def draw(
         "DPS", "DDRM", "DiffPIR" or "PosteriorDiffusion" (variance-preserving, ancestral).
     settings
         Arguments of deepinv's class; empty for its defaults. PosteriorDiffusion's are ``fidelity``, ``num_steps``,
-        ``times`` ("linear" or "quadratic"), ``denoise_output``, ``dtype`` and those of the fidelity.
+        ``times`` ("linear" or "quadratic"), ``denoise_output``, and those of the fidelity; ``dtype`` by its name.
     likelihood
         Gaussian, with one measurement or several.
     make_denoiser

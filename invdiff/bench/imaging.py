@@ -72,7 +72,7 @@ def about(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any]:
         "prior_key": getattr(prior, "key", ""),
         "noise_std": NOISE_STD,
         "draws": options.draws,
-        "evaluations": EVALUATIONS,
+        "evaluations": options.evaluations,
         "precision": options.precision,
         "compiled": options.compile,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
@@ -99,6 +99,7 @@ def attempt(
             device=options.device,
             precision=options.precision,
             compiled=options.compile,
+            evaluations=options.evaluations,
         )
     except InvdiffError as error:
         return f"{type(error).__name__}: {error}"
@@ -272,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, choices=(64, 256), default=64)
     parser.add_argument("--pictures", type=int, default=104)
     parser.add_argument("--draws", type=int, help=f"{DRAWS}, and {TUNING_DRAWS} to tune")
+    parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations a draw, at most")
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--only", nargs="*", help="contenders")
     parser.add_argument("--tasks", nargs="*", choices=tuple(TASKS))
