@@ -9,26 +9,45 @@ two runs is timed, between barriers; the network alone runs as often, on a proce
 
 import argparse
 import json
+import os
 import platform
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import invdiff
-from invdiff import cli_processes
+from invdiff import peers
 from invdiff.bench.imaging import write
 from invdiff.likelihoods import Gaussian
 from invdiff.operators import Inpainting, box_mask
-from invdiff.parallel import Shard
+from invdiff.parallel import ALONE, Shard
 from invdiff.posterior import PRECISIONS
 from invdiff.priors.loading import load_prior
 from invdiff.problem import Problem
 from invdiff.samplers import TransportLangevin
 
 NOISE_STD, SEED = 0.05, 0
+
+
+@contextmanager
+def processes(kind: str) -> Iterator[tuple[Shard, torch.device]]:
+    """Give this process's shard and device; with torchrun, each process has the GPU of its local rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, torch.device(kind)
+        return
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=peers.TIMEOUT)
+    try:
+        yield Shard.current(), place
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def settle(device: torch.device, shard: Shard) -> float:
@@ -111,11 +130,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--steps", type=int, default=TransportLangevin().steps)
     parser.add_argument("--batch", type=int, default=1024, help="rows of one pass of the network, at most")
-    parser.add_argument("--device")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=tuple(PRECISIONS))
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
-    with cli_processes.processes(options.device) as (shard, place):
+    with processes(options.device) as (shard, place):
         options.place = place
         prior: Any = load_prior(options.prior).to(place)
         gpu = place.type == "cuda"
