@@ -3,8 +3,9 @@
     python -m invdiff.bench.ensembles --out one.json --device cuda --precision bfloat16 --compile
     torchrun --nproc-per-node=2 -m invdiff.bench.ensembles --out two.json --device cuda --precision bfloat16 --compile
 
-Box inpainting of a smooth picture by ``TransportLangevin``, weighted, for several numbers of particles. The second of
-two runs is timed, between barriers; the network alone runs as often, on a process's share, in the same batches.
+Box inpainting of a smooth picture by ``TransportLangevin`` without weights, for several numbers of particles. The
+second of two runs is timed, between barriers; the network alone runs as often, on a process's share, in the same
+batches.
 """
 
 import argparse
@@ -82,14 +83,13 @@ def measure(particles: int, options: argparse.Namespace, prior: Any, shard: Shar
     side = prior.shape[-1]
     operator = Inpainting(box_mask((side, side), side // 2, seed=SEED), prior.shape)
     generator = torch.Generator().manual_seed(SEED)
-    truth = torch.rand(1, prior.shape[0], 4, 4, generator=generator) * 2 - 1
-    truth = torch.nn.functional.interpolate(truth, size=(side, side), mode="bicubic", align_corners=False).clamp(-1, 1)
+    truth = torch.rand(1, prior.shape[0], 4, 4, generator=generator)
+    truth = torch.nn.functional.interpolate(truth, size=(side, side), mode="bicubic", align_corners=False).clamp(0, 1)
     clean = operator(truth)[0]
     data = clean + NOISE_STD * torch.randn(clean.shape, generator=generator)
     problem = Problem(Gaussian(operator, data, NOISE_STD))
     batch = min(options.batch, share)
-    took, memory = 0.0, 0.0
-    passes = 0
+    took, memory, passes = 0.0, 0.0, 0
     for _ in range(2):  # the first compiles
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
