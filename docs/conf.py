@@ -31,6 +31,7 @@ TABLES = {
     "calibration": "calibration",
     "imaging_64": "imaging",
     "imaging_256": "imaging",
+    "imaging_300": "imaging",
 }
 """Tables, and the module of `invdiff.bench` that writes each."""
 exclude_patterns = ["_build", "generated", *(f"{name}_table.md" for name in TABLES)]

@@ -39,7 +39,8 @@ QUICK = {"truths": 8, "draws": 19, "evaluations": (5, 10)}
 OBSERVED = 0.3
 BLUR = (15, 1.5)
 GROWING = ("PiGDM", "SplitGibbs", "TransportLangevin")
-NAMES = (*GROWING, "DPS", "DAPS", "DDRM", "DDNM", "DiffPIR", "REDDiff", "ULA", "ImportanceSampling")
+MOMENTUM = "TransportLangevin, momentum"
+NAMES = (*GROWING, "DPS", "DAPS", "DDRM", "DDNM", "DiffPIR", "REDDiff", "ULA", "ImportanceSampling", MOMENTUM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ def at_cost(sampler: Sampler, evaluations: int) -> Sampler:
 
 def settings_of(name: str) -> Sampler | None:
     """Return a sampler's default settings, PiGDM with Spectral; None where there is no such sampler."""
+    if name == MOMENTUM:
+        return samplers.TransportLangevin(momentum=0.6, refreshes=2, step_size=0.5)
     if name == "PiGDM":
         return samplers.PiGDM(covariance=samplers.Spectral())
     cls = getattr(samplers, name, None)
@@ -146,7 +149,7 @@ def takes_steps(prior: Any) -> bool:
 
 def collect(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any]:
     """Run this worker's share, and write the file after every row."""
-    plan = Plan(truths=TRUTHS, draws=options.draws, evaluations=tuple(options.evaluations))
+    plan = Plan(truths=options.truths, draws=options.draws, evaluations=tuple(options.evaluations))
     if options.quick:
         plan = Plan(**QUICK)  # type: ignore[arg-type]
     c, h, w = prior.shape
@@ -292,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="8 truths, 19 draws, few evaluations")
     parser.add_argument("--only", nargs="*", choices=NAMES, help="samplers; all if left out")
     parser.add_argument("--tasks", nargs="*", choices=tuple(tasks((1, 16, 16))), help="all if left out")
+    parser.add_argument("--truths", type=int, default=TRUTHS)
     parser.add_argument("--draws", type=int, default=DRAWS, help="of each truth")
     parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="passes a draw, rising")
     parser.add_argument("--worker", default="0/1", help="i/k: this process's share")

@@ -1,7 +1,8 @@
 """Who takes part in the benchmark on photographs: samplers, ours and deepinv's, and the ranges they are tuned over.
 
-All are held to the same number of network evaluations a draw. The first trial of every contender is its default
-settings; the others are drawn from its ranges by a seed, so that a rerun tries the same.
+All are held to the same number of network evaluations a draw: of forward passes, or, where the caller counts them, of
+forward and backward passes together. The first trial of every contender is its default settings; the others are drawn
+from its ranges by a seed, so that a rerun tries the same.
 """
 
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import exp, log
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ class Contender:
         Settings by name; a pair (low, high) is logarithmically uniform, a list is chosen from.
     make
         Our sampler of a number of evaluations and some settings.
-    gradient
-        Whether it differentiates the network; such runs take three times as long.
+    backward
+        Most backward passes that it makes for each forward one. A run that has any takes three times as long.
     peer, fixed
         Name of deepinv's sampler in `invdiff.bench.deepinv_samplers`, and the settings that are not tuned.
     steps
@@ -78,11 +79,16 @@ class Contender:
     name: str
     library: str = "invdiff"
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    gradient: bool = False
+    backward: int = 0
     make: Callable[..., Sampler] | None = None
     peer: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[str, int] = ("", 0)
+
+    @property
+    def gradient(self) -> bool:
+        """Whether it differentiates the network."""
+        return self.backward > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +182,11 @@ def _transport(
     )
 
 
+def _transport_momentum(evaluations: int, refreshes: int = 2, step_size: float = 0.5, **settings: Any) -> Sampler:
+    made: Any = _transport(evaluations, refreshes, step_size, **settings)
+    return cast(Sampler, replace(made, momentum=0.6))
+
+
 def _ula(evaluations: int, rate: float = 1.0, sigma: float | None = None) -> Sampler:
     return ULA(steps=evaluations, rate=rate, sigma=sigma)
 
@@ -193,17 +204,17 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender(
         name="PiGDM, Jacobian",
-        gradient=True,
+        backward=4,  # its iterations, and the gradient's own
         make=_pigdm_jacobian,
         ranges={"max_iterations": [1, 2, 3], "integrator": list(_INTEGRATORS), "rho": _RHO},
     ),
     Contender(
         name="PiGDM, Isotropic",
-        gradient=True,
+        backward=1,
         make=_pigdm_isotropic,
         ranges={"prior_std": (0.1, 2.0), "integrator": list(_INTEGRATORS), "rho": _RHO},
     ),
-    Contender(name="DPS", gradient=True, make=_dps, ranges={"scale": (0.05, 20.0), "sigma_min": _LOW}),
+    Contender(name="DPS", backward=1, make=_dps, ranges={"scale": (0.05, 20.0), "sigma_min": _LOW}),
     Contender(
         name="DAPS",
         make=_daps,
@@ -224,6 +235,16 @@ CONTENDERS: tuple[Contender, ...] = (
         },
     ),
     Contender(
+        name="TransportLangevin, momentum",
+        make=_transport_momentum,
+        ranges={
+            "refreshes": [1, 2, 4],
+            "step_size": [0.3, 0.4, 0.5],
+            "floor": [0.3, 0.5, 1.0],
+            "rho": [-10.0, -4.0, 7.0],
+        },
+    ),
+    Contender(
         name="SplitGibbs",
         make=_split_gibbs,
         ranges={
@@ -236,7 +257,7 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(name="ULA", make=_ula, ranges={"rate": (0.1, 1.9), "sigma": (0.01, 0.5)}),
     Contender(
         name="deepinv DPS",
-        gradient=True,
+        backward=1,
         library="deepinv",
         peer="DPS",
         fixed={"dtype": "float32"},
@@ -260,7 +281,7 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender(
         name="deepinv PiGDM",
-        gradient=True,
+        backward=1,
         library="deepinv",
         peer="PosteriorDiffusion",
         fixed={
@@ -302,14 +323,19 @@ def run(
     precision: str,
     compiled: bool,
     evaluations: int = EVALUATIONS,
+    count_backward: bool = False,
 ) -> Result:
     """Draw for every problem of a group, with at most so many network evaluations a draw.
+
+    Forward passes alone are counted; with ``count_backward``, backward ones too.
 
     Raises
     ------
     CapabilityError
         If the contender cannot do the task.
     """
+    if count_backward:
+        evaluations //= 1 + contender.backward
     size = len(batch.problems) * draws
     if contender.gradient:
         size = min(size, MICRO_BATCH[batch.truths.shape[-1]])

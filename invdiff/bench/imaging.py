@@ -73,6 +73,7 @@ def about(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any]:
         "noise_std": NOISE_STD,
         "draws": options.draws,
         "evaluations": options.evaluations,
+        "count_backward": options.count_backward,
         "precision": options.precision,
         "compiled": options.compile,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
@@ -100,6 +101,7 @@ def attempt(
             precision=options.precision,
             compiled=options.compile,
             evaluations=options.evaluations,
+            count_backward=options.count_backward,
         )
     except InvdiffError as error:
         return f"{type(error).__name__}: {error}"
@@ -153,7 +155,7 @@ def test(options: argparse.Namespace, prior: DiffusionPrior, note: Callable[[dic
     """Run tuned settings on the test pictures; one row for a task and a contender."""
     truths = pictures(options.data, options.side, "test", options.pictures)
     tuned = {(r["task"], r["contender"]): r for r in json.loads(options.settings.read_text())["rows"]}
-    together = TOGETHER[options.side]
+    together = options.together or TOGETHER[options.side]
     batches = {
         task: [
             group(task, truths, list(g.indices[i : i + together]), g.seed)
@@ -274,6 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=104)
     parser.add_argument("--draws", type=int, help=f"{DRAWS}, and {TUNING_DRAWS} to tune")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations a draw, at most")
+    parser.add_argument("--count-backward", action="store_true", help="backward passes are evaluations too")
+    parser.add_argument("--together", type=int, help="pictures in one run of `test`; 13, and one of 256 x 256")
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--only", nargs="*", help="contenders")
     parser.add_argument("--tasks", nargs="*", choices=tuple(TASKS))

@@ -37,7 +37,8 @@ def table(report: Mapping[str, Any], source: str, times: Mapping[str, Any] | Non
     n, versions = report["draws"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     about = (
         f"{report['pictures']} pictures of {report['side']} x {report['side']}, prior {report['prior']}, noise "
-        f"{report['noise_std']}, {n} draws a picture, at most {report['evaluations']} network evaluations a draw; "
+        f"{report['noise_std']}, {n} draws a picture, at most {report['evaluations']} network evaluations a draw"
+        f"{', backward passes counted' if report.get('count_backward') else ''}; "
         f"{report['device']}, {report['precision']}; {versions}. Means with standard errors over pictures. Coverage is "
         f"that of the range of {n} draws, {(n - 1) / (n + 1):.3f} if calibrated; spread / skill and the reduced "
         "chi-square of single draws are 1 if calibrated. Passes: through the network, a draw, forward + backward."
