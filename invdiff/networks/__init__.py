@@ -1,5 +1,6 @@
 """Networks: plain modules that know nothing of noise schedules; the priors wrap them."""
 
+from invdiff.networks.tokenizer import Tokenizer
 from invdiff.networks.unet import UNet
 
-__all__ = ["UNet"]
+__all__ = ["Tokenizer", "UNet"]
