@@ -4,9 +4,36 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from invdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class Budget(Protocol):
+    """What the learning rate of a training follows."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of the learning rate."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the peak."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Budget of time."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Budget of steps, 0 for none."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +114,11 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
-def read_settings(path: Path, **overrides: object) -> Settings:
-    """Read settings from a TOML file; overrides that are not None replace its values.
+AnySettings = TypeVar("AnySettings", bound="DataclassInstance")
+
+
+def read_settings_as(kind: type[AnySettings], path: Path, **overrides: object) -> AnySettings:
+    """Read settings of a kind, a dataclass with a field ``shape``, from a TOML file; overrides as in `read_settings`.
 
     Raises
     ------
@@ -99,10 +129,21 @@ def read_settings(path: Path, **overrides: object) -> Settings:
         values = tomllib.loads(path.read_text(encoding="utf-8")) | {k: v for k, v in overrides.items() if v is not None}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read the training settings {path}: {error}.") from error
-    unknown = set(values) - {f.name for f in fields(Settings)}
+    unknown = set(values) - {f.name for f in fields(kind)}
     if unknown:
         raise InputError(f"{path} has settings that training does not know: {', '.join(sorted(unknown))}.")
     try:
-        return Settings(**{**values, "shape": tuple(values.get("shape", ()))})
+        return kind(**{**values, "shape": tuple(values.get("shape", ()))})
     except TypeError as error:
         raise InputError(f"{path}: {error}.") from error
+
+
+def read_settings(path: Path, **overrides: object) -> Settings:
+    """Read settings from a TOML file; overrides that are not None replace its values.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or no TOML, a field is missing or unknown, or a value is out of range.
+    """
+    return read_settings_as(Settings, path, **overrides)

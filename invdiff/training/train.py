@@ -27,7 +27,7 @@ from invdiff.networks.unet import UNet
 from invdiff.training.checkpoint import Progress, load_state, pack, save_state, unpack
 from invdiff.training.data import Mixture
 from invdiff.training.export import export, validate
-from invdiff.training.settings import Settings, read_settings
+from invdiff.training.settings import Budget, Settings, read_settings
 
 _BANDS = (0.05, 0.1, 0.4, 1.0)  # edges, latent units, of the noise levels that the log tells apart
 
@@ -51,13 +51,13 @@ def denoising_loss(
     return (network(z / norm, sigma.log() / 4).float() - target).square().mean((1, 2, 3))
 
 
-def learning_rate(progress: Progress, settings: Settings) -> float:
+def learning_rate(progress: Progress, settings: Budget) -> float:
     """Warm-up by steps times a half cosine of the share of the budget that is used."""
     warm = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
     return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, used(progress, settings))))
 
 
-def used(progress: Progress, settings: Settings) -> float:
+def used(progress: Progress, settings: Budget) -> float:
     """Share of the budget used: of the time or of the steps, whichever is larger."""
     return max(progress.elapsed / settings.seconds, progress.step / settings.steps if settings.steps else 0.0)
 
