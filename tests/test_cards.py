@@ -149,7 +149,7 @@ def test_find_by_name_and_by_path(tmp_path, monkeypatch, written):
         ("problems", "inpaint-ramdom", "'inpaint-random' or 'inpaint-box'"),
         ("priors", "photo-64", "no prior named 'photo-64'; did you mean 'photos-64'"),
         ("data", "kodak", "no data set named 'kodak'; did you mean 'kodak24'"),
-        ("data", "zzzz", "known: caltech64, kodak24"),
+        ("data", "zzzz", "known: caltech64, fashion-mnist"),
         ("problem", "motion-deblur", "no kind of card named 'problem'; did you mean 'problems'"),
     ],
 )

@@ -60,7 +60,9 @@ def _blocks(channels: int, count: int, groups: int) -> list[nn.Module]:
 
 def soft_clip(x: Tensor) -> Tensor:
     """Clip to [0, 1] with soft edges: increasing, the identity inside but for some hundredths at the edges."""
-    # softplus(v) = -logsigmoid(-v), which unlike torch's softplus has no threshold and so no step.
+    # softplus(v) = -logsigmoid(-v), which unlike torch's softplus has no threshold and so no step. Beyond [-1, 2] the
+    # clip is at its ends to 1e-14; the difference of ever larger numbers would only add rounding.
+    x = x.clamp(-1.0, 2.0)
     return (F.logsigmoid(-_EDGE * (x - 1.0)) - F.logsigmoid(-_EDGE * x)) / _EDGE
 
 

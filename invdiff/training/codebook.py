@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_DEAD = 0.05
+_DEAD, _FADED = 0.05, 1e-6
 
 
 def straight_through(z: Tensor, e: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ class CodebookAverage:
             dead = self.counts < _DEAD
             self.sums.copy_(torch.where(dead[:, None], candidates, self.sums))
             self.counts.masked_fill_(dead, 1.0)
-        self.codebook.copy_(self.sums / self.counts.clamp_min(1e-6)[:, None])
+        alive = self.counts > _FADED  # below, the ratio of two vanishing numbers: such a code stays where it was
+        self.codebook.copy_(torch.where(alive[:, None], self.sums / self.counts[:, None], self.codebook))
 
     def _some(self, z: Tensor, generator: torch.Generator) -> Tensor:
         return z[torch.randint(len(z), (len(self.counts),), generator=generator, device=z.device)]

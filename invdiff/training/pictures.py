@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(blob, np.uint8, offset=16).reshape(shape).copy())
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """Where the pictures of a training come from."""
 

@@ -1,17 +1,16 @@
 """Settings of a training, from a TOML file; plain, so that it runs where only torch is installed."""
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from invdiff.errors import InputError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-
+@runtime_checkable
 class Budget(Protocol):
     """What the learning rate of a training follows."""
 
@@ -114,10 +113,10 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
-AnySettings = TypeVar("AnySettings", bound="DataclassInstance")
+T = TypeVar("T")
 
 
-def read_settings_as(kind: type[AnySettings], path: Path, **overrides: object) -> AnySettings:
+def read_settings_as(kind: Callable[..., T], path: Path, **overrides: object) -> T:
     """Read settings of a kind, a dataclass with a field ``shape``, from a TOML file; overrides as in `read_settings`.
 
     Raises
@@ -129,7 +128,7 @@ def read_settings_as(kind: type[AnySettings], path: Path, **overrides: object) -
         values = tomllib.loads(path.read_text(encoding="utf-8")) | {k: v for k, v in overrides.items() if v is not None}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read the training settings {path}: {error}.") from error
-    unknown = set(values) - {f.name for f in fields(kind)}
+    unknown = set(values) - set(signature(kind).parameters)
     if unknown:
         raise InputError(f"{path} has settings that training does not know: {', '.join(sorted(unknown))}.")
     try:
