@@ -238,7 +238,7 @@ class DataCard(_Card):
     source: str
     licence: str
     attribution: str = ""
-    reader: Literal["skimage", "tiles", "folder"]
+    reader: Literal["skimage", "tiles", "folder", "sequences"]
     files: tuple[DataFile, ...] = ()
     entries: tuple[DataEntry, ...] = ()
     side: Count | None = None

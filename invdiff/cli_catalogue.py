@@ -49,9 +49,9 @@ def _entries(kind: str) -> list[tuple[str, str]]:
     for name in cards.names(kind):
         path = cards.find(kind, name)
         if kind == "priors":
-            from invdiff.priors.loading import read_trained_card
+            from invdiff.priors.loading import read_card as read_trained
 
-            card = read_trained_card(path)
+            card = read_trained(path)
             there = (path.parent / card.weights["file"]).is_file()
             found.append((name, card.description + ("" if there else " (its weights are missing)")))
         else:
@@ -96,9 +96,9 @@ def _show_card(console: "Console", kind: str, path: Path) -> None:
     from rich.syntax import Syntax
 
     if kind == "priors":
-        from invdiff.priors.loading import read_trained_card
+        from invdiff.priors.loading import read_card as read_trained
 
-        read_trained_card(path)
+        read_trained(path)
     else:
         from invdiff.card_models import read_card
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from invdiff.driver import Sampler
-from invdiff.errors import CatalogueError, InputError
+from invdiff.errors import CapabilityError, CatalogueError, InputError
 from invdiff.parallel import Shard
 from invdiff.posterior import PRECISIONS, Posterior
 from invdiff.solution import Solution
@@ -68,6 +68,7 @@ def _run(request: Request, shard: Shard, device: torch.device) -> None:
     from invdiff.cli_cost import LONG, least_seconds, measure, micro_batch, words
     from invdiff.cli_picture import off_grid, on_grid, padded, picture_problem
     from invdiff.cli_settings import apply, parse
+    from invdiff.priors.diffusion import NetworkPrior
     from invdiff.priors.loading import load_prior
 
     lead, share = shard.rank == 0, shard.share(request.draws) if request.draws > 0 else 0
@@ -82,6 +83,11 @@ def _run(request: Request, shard: Shard, device: torch.device) -> None:
     sampler = _named_sampler(request, settings["sampler"])
     problem, lines = picture_problem(request, settings["operator"], settings["noise"])
     prior = load_prior(request.prior)
+    if not isinstance(prior, NetworkPrior):
+        raise CapabilityError(
+            f"{prior.name} is a prior of tokens, for pictures of one size; this command takes diffusion priors, e.g. "
+            "photos-64. From Python, invdiff.solve(problem, prior) takes it."
+        )
     shape = tuple(problem.event[0].shape)
     grid = padded(shape, prior)
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -301,7 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--worker", default="0/1", help="i/k: this process's share")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of the workers to join; runs nothing")
     options = parser.parse_args(arguments)
-    report = merge(options.merge) if options.merge else collect(options, load_prior(options.prior))
+    report = (
+        merge(options.merge) if options.merge else collect(options, cast(DiffusionPrior, load_prior(options.prior)))
+    )
     write(options.out, report)
     if options.table is not None:
         options.table.write_text(table(json.loads(options.out.read_text()), options.out.as_posix()))

@@ -78,6 +78,8 @@ def load_image(
     """
     if side < 1:
         raise InputError(f"A picture's side has at least 1 pixel, got {side}.")
+    if card.reader == "sequences":
+        raise InputError(f"The data set {card.name} holds sequences, not pictures.")
     if card.reader == "skimage":
         return _packaged(card, index, side)
     folder = data if data is not None else os.environ.get("INVDIFF_DATA")

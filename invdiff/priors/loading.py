@@ -1,23 +1,21 @@
 """Trained priors on disk: a folder with the card ``prior.toml`` and half-precision weights whose sha256 it holds."""
 
-import hashlib
-import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from invdiff.errors import CatalogueError, ChecksumError, InputError
+from invdiff.errors import CatalogueError, InputError
 from invdiff.networks.unet import UNet
 from invdiff.priors.diffusion import NetworkPrior
 from invdiff.priors.frequency_table import FrequencyTable
+from invdiff.priors.masked_loading import MASKED_FAMILY, MaskedCard, load_masked_prior, read_masked_card
+from invdiff.priors.masked_network import MaskedNetworkPrior
+from invdiff.priors.stored import check_fields, read_text, read_weights, write_prior
 
 FAMILY = "edm-unet"
-_TABLES = ("network", "decoder", "weights", "training")
 _REQUIRED = {
     "name": str, "version": str, "family": str, "description": str, "licence": str, "shape": list, "dtype": str,
     "sigma_min": float, "sigma_max": float, "sigma_data": float, "network": dict, "decoder": dict, "weights": dict,
@@ -70,39 +68,9 @@ def read_trained_card(path: Path) -> TrainedCard:
     InputError
         If it is not TOML, or a field is missing, unknown or of the wrong type.
     """
-    try:
-        text = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a TOML file: {error}.") from error
-    for key, kind in _REQUIRED.items():
-        if not isinstance(text.get(key), (int, float) if kind is float else kind):
-            raise InputError(f"{path} needs the field {key!r} of type {kind.__name__}, got {text.get(key)!r}.")
-    unknown = set(text) - set(TrainedCard.__dataclass_fields__)
-    if unknown:
-        raise InputError(f"{path} has fields that no trained prior has: {', '.join(sorted(unknown))}.")
-    if text["family"] != FAMILY or text["dtype"] != "float32":
-        raise InputError(
-            f"{path} is of family {text['family']!r}, dtype {text['dtype']!r}; "
-            f"only {FAMILY!r} in 'float32' can be loaded."
-        )
-    if not {"file", "sha256"} <= set(text["weights"]):
-        raise InputError(f"{path} needs 'file' and 'sha256' under [weights].")
+    text = read_text(path)
+    check_fields(path, text, TrainedCard, _REQUIRED, FAMILY)
     return TrainedCard(**{**text, "shape": tuple(text["shape"])})
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)  # TOML shares JSON's strings, numbers and booleans
-
-
-def card_text(card: TrainedCard) -> str:
-    """Write a card as TOML."""
-    fields = asdict(card)
-    lines = [f"{k} = {_toml(v)}" for k, v in fields.items() if k not in _TABLES]
-    for table in _TABLES:
-        lines += ["", f"[{table}]", *(f"{k} = {_toml(v)}" for k, v in fields[table].items())]
-    return "\n".join(lines) + "\n"
 
 
 def save_prior(folder: Path, prior: NetworkPrior, card: TrainedCard) -> Path:
@@ -112,48 +80,12 @@ def save_prior(folder: Path, prior: NetworkPrior, card: TrainedCard) -> Path:
     -------
         The card's path.
     """
-    from safetensors.torch import save
-
     tensors = {
         f"network.{k}": v.detach().to("cpu", torch.float16).contiguous() for k, v in prior.network.state_dict().items()
     }
     if prior.curvature is not None:
         tensors |= prior.curvature.tensors()
-    blob = save(tensors, metadata={"format": "pt"})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "weights.safetensors").write_bytes(blob)
-    weights = {"file": "weights.safetensors", "sha256": hashlib.sha256(blob).hexdigest()}
-    path = folder / "prior.toml"
-    path.write_text(card_text(TrainedCard(**{**vars(card), "weights": weights})), encoding="utf-8")
-    return path
-
-
-def read_weights(card: TrainedCard, folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a card, checked against its sha256.
-
-    Raises
-    ------
-    CatalogueError
-        If the file is missing.
-    ChecksumError
-        If it is not what the card promises.
-    """
-    from safetensors.torch import load
-
-    path = folder / card.weights["file"]
-    if not path.is_file():
-        raise CatalogueError(
-            f"The weights {path} of the prior {card.name!r} are missing; get them again or train the prior."
-        )
-    blob = path.read_bytes()
-    digest = hashlib.sha256(blob).hexdigest()
-    if digest != card.weights["sha256"]:
-        raise ChecksumError(
-            f"{path} ({len(blob)} bytes) is corrupt, truncated or replaced: sha256 {digest}, the card says "
-            f"{card.weights['sha256']}; get the file again."
-        )
-    tensors: dict[str, Tensor] = load(blob)
-    return tensors
+    return write_prior(folder, card, tensors)
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -172,10 +104,14 @@ def _folder(name_or_path: str | Path) -> Path:
     return found if found.is_dir() else found.parent
 
 
-def load_prior(name_or_path: str | Path) -> NetworkPrior:
+def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior:
     """Load a trained prior by its name in the catalogue, or from its folder or card.
 
     The weights are stored in half precision and computed with in the card's dtype; they are frozen.
+
+    Returns
+    -------
+        A diffusion prior, or a masked one for a card of the family "masked-transformer".
 
     Raises
     ------
@@ -187,7 +123,24 @@ def load_prior(name_or_path: str | Path) -> NetworkPrior:
         If the card is wrong, or the weights do not fit its network.
     """
     folder = _folder(name_or_path)
-    card = read_trained_card(folder / "prior.toml")
+    card = read_card(folder / "prior.toml")
+    return load_masked_prior(folder, card) if isinstance(card, MaskedCard) else load_network_prior(folder, card)
+
+
+def read_card(path: Path) -> TrainedCard | MaskedCard:
+    """Read and check a ``prior.toml`` of any family.
+
+    Raises
+    ------
+    InputError
+        If it is not TOML, or a field is missing, unknown or of the wrong type.
+    """
+    masked = read_text(path).get("family") == MASKED_FAMILY
+    return read_masked_card(path) if masked else read_trained_card(path)
+
+
+def load_network_prior(folder: Path, card: TrainedCard) -> NetworkPrior:
+    """Load the diffusion prior of a card and its folder; raises as `load_prior` does."""
     tensors = read_weights(card, folder)
     try:
         with torch.random.fork_rng(devices=[]):  # first weights are drawn, and thrown away

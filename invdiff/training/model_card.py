@@ -11,7 +11,8 @@ from invdiff.training.settings import Settings
 Report = Mapping[str, Any]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Write a table of Markdown, all columns but the first set to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -30,7 +31,7 @@ def _denoising(report: Report) -> str:
         prior, noisy = part["prior"], part["noisy"]
         cells = [f"{prior[name]['mean']:.2f} ± {prior[name]['standard_error']:.2f}" for name in names]
         rows.append([f"{level:g}", f"{noisy['pooled']['mean']:.2f}", *cells])
-    return _table(["noise", "noisy", *(f"{name} ({counts[name]})" for name in names)], rows)
+    return table(["noise", "noisy", *(f"{name} ({counts[name]})" for name in names)], rows)
 
 
 def _classical(report: Report) -> str:
@@ -44,7 +45,7 @@ def _classical(report: Report) -> str:
             for m in methods
         ]
         rows.append([f"{level:g}", f"**{ours[level]['prior']['pooled']['mean']:.2f}**", *cells])
-    return _table(["noise", "this prior", *methods], rows)
+    return table(["noise", "this prior", *methods], rows)
 
 
 def _calibration(report: Report) -> str:
@@ -57,7 +58,7 @@ def _calibration(report: Report) -> str:
         ]
         for level, part in _named(report["parts"], "calibration").items()
     ]
-    return _table(["noise", "error", "error foretold", "foretold / measured variance"], rows)
+    return table(["noise", "error", "error foretold", "foretold / measured variance"], rows)
 
 
 def _memory(report: Report) -> str:
@@ -72,7 +73,7 @@ def _memory(report: Report) -> str:
         for word, d in (("draws", part["samples"]), ("test pictures", part["test"]))
     ]
     head = ["of", "least", "5th percentile", "median", "most", "least ratio", "median ratio", "ratio below 1/3"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _verdict(report: Report) -> str:
@@ -125,7 +126,7 @@ def model_card(card: TrainedCard, train: Settings, report: Report) -> str:
     subset = next(iter(_named(report["parts"], "subset").values()))["prior"]["pooled"]["pictures"]
     checked = next(iter(_named(report["parts"], "calibration").values()))["pictures"]
     patch = s["NL-means"]
-    return _filled(f"""# {card.name}
+    return filled(f"""# {card.name}
 
 Written by `python -m invdiff.training.report`; its numbers come from `prior.toml` and `report.json`.
 
@@ -234,7 +235,7 @@ Measured with {_environments(report)}.
 """)
 
 
-def _filled(text: str) -> str:
+def filled(text: str) -> str:
     """Fill paragraphs and list items of a Markdown text to 120 columns; code, tables, headings and pictures stay."""
     blocks = []
     for block in text.strip().split("\n\n"):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from invdiff.priors.loading import load_prior, read_trained_card
+from invdiff.priors.loading import load_network_prior, read_trained_card
 from invdiff.training.baselines import PATCH
 from invdiff.training.measurements import Report, ReportSettings
 from invdiff.training.model_card import model_card
@@ -62,7 +62,7 @@ def write_report(
         The content of report.json.
     """
     card, train = read_trained_card(folder / "prior.toml"), read_settings(folder / "train.toml")
-    prior = load_prior(folder).to(device)
+    prior = load_network_prior(folder, card).to(device)
     identity = json.loads(
         json.dumps(
             {
