@@ -259,27 +259,9 @@ class DataCard(_Card):
         return self
 
 
-class PriorCard(_Card):
-    """A trained prior, for `invdiff show`."""
-
-    name: str
-    version: str
-    family: str
-    description: str
-    licence: str
-    shape: tuple[int, ...]
-    sigma_min: Positive
-    sigma_max: Positive
-    sigma_data: Positive
-    dtype: str
-    network: Mapping[str, Any]
-    decoder: Mapping[str, float]
-    weights: Mapping[str, str]
-    training: Mapping[str, Any]
-
-
-Card = ProblemCard | DataCard | PriorCard
-MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard, "priors": PriorCard}
+Card = ProblemCard | DataCard
+MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard}
+"""Priors' cards are plain: `invdiff.priors.loading.read_card`."""
 
 
 _UNIONS = {"operator", "kernel", "mask", "noise"}
@@ -332,7 +314,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def read_card(path: Path, kind: str) -> Card:
-    """Read and check a card of a kind: "problems", "priors" or "data"."""
+    """Read and check a card of a kind: "problems" or "data"."""
     return validate(read_values(path), kind, str(path))
 
 

@@ -55,11 +55,9 @@ def _entries(kind: str) -> list[tuple[str, str]]:
             there = (path.parent / card.weights["file"]).is_file()
             found.append((name, card.description + ("" if there else " (its weights are missing)")))
         else:
-            from invdiff.card_models import DataCard, ProblemCard, read_card
+            from invdiff.card_models import read_card
 
-            shown = read_card(path, kind)
-            assert isinstance(shown, (DataCard, ProblemCard))
-            found.append((name, shown.title))
+            found.append((name, read_card(path, kind).title))
     return found
 
 

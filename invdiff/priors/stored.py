@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from invdiff.errors import CatalogueError, ChecksumError, InputError
 _TABLES = ("network", "tokenizer", "decoder", "weights", "training")
 
 
+@runtime_checkable
 class Card(Protocol):
     """What the cards of all families have; they are dataclasses."""
 
