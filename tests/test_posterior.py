@@ -486,6 +486,8 @@ RUNS = {
     "twisted-smc": (samplers.TwistedSMC(threshold=1.0), token_prior),
     "twisted-smc-before": (samplers.TwistedSMC(lookahead=False, order="entropy"), token_prior),
     "masked-gibbs": (samplers.MaskedGibbs(steps=6), token_prior),
+    "sgdd": (samplers.SGDD(steps=3, mh_steps=4), token_prior),
+    "svdd": (samplers.SVDD(candidates=3), token_prior),
 }
 
 

@@ -54,6 +54,8 @@ ENTRIES = {
 MASKED_ENTRIES = {
     samplers.TwistedSMC: (samplers.TwistedSMC(), 0.06),
     samplers.MaskedGibbs: (samplers.MaskedGibbs(steps=150), 0.05),
+    samplers.SGDD: (samplers.SGDD(steps=200), 0.06),
+    samplers.SVDD: (samplers.SVDD(), 0.15),
 }
 
 

@@ -132,7 +132,8 @@ class ExactMaskedPrior(nn.Module, ABC):
             found = self._conditionals(tokens)
         else:
             found = out.clone()
-            found[rows] = self._conditionals(tokens[rows])
+            if bool(rows.any()):
+                found[rows] = self._conditionals(tokens[rows])
         if bool(torch.isnan(found).any()):
             raise InputError(
                 f"A sequence has probability zero under {type(self).__name__}, whatever its masked tokens are: there "

@@ -19,7 +19,9 @@ from invdiff.samplers.particles import BirthDeath, Resampling, Residual, Stratif
 from invdiff.samplers.pcn import PCN
 from invdiff.samplers.pigdm import Isotropic, Jacobian, PiGDM, Spectral
 from invdiff.samplers.red_diff import REDDiff
+from invdiff.samplers.sgdd import SGDD
 from invdiff.samplers.split_gibbs import SplitGibbs
+from invdiff.samplers.svdd import SVDD
 from invdiff.samplers.tds import TDS
 from invdiff.samplers.transport_langevin import TransportLangevin
 from invdiff.samplers.twisted_smc import TwistedSMC
@@ -35,6 +37,8 @@ __all__ = [
     "DPS",
     "FPS",
     "PCN",
+    "SGDD",
+    "SVDD",
     "TDS",
     "ULA",
     "BirthDeath",
