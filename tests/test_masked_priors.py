@@ -117,6 +117,15 @@ def test_conditionals_are_those_of_enumeration_at_any_masking(name):
 
 
 @every
+def test_complete_sequences_and_none_at_all_have_conditionals(name):
+    prior, states, _ = law(name)
+    V = prior.vocabulary_size
+    certain = torch.nn.functional.one_hot(states[:5], V).double().log()
+    assert torch.equal(prior.log_probs(states[:5]), certain)
+    assert prior.log_probs(states[:0]).shape == (0, prior.length, V)
+
+
+@every
 @pytest.mark.parametrize("steps", [None, 400])
 def test_draws_have_the_law(name, steps):
     """Chi-square of all sequences; with many steps few tokens share one, each pair with probability 1 / 400."""

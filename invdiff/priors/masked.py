@@ -128,12 +128,13 @@ class ExactMaskedPrior(nn.Module, ABC):
         out = known_tokens(tokens, self.vocabulary_size)
         masked = tokens == self.mask_token
         rows = masked.any(1)
+        if not bool(rows.any()):
+            return out
         if bool(rows.all()):
             found = self._conditionals(tokens)
         else:
             found = out.clone()
-            if bool(rows.any()):
-                found[rows] = self._conditionals(tokens[rows])
+            found[rows] = self._conditionals(tokens[rows])
         if bool(torch.isnan(found).any()):
             raise InputError(
                 f"A sequence has probability zero under {type(self).__name__}, whatever its masked tokens are: there "
