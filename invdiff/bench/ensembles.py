@@ -22,7 +22,7 @@ import torch
 
 import invdiff
 from invdiff import peers
-from invdiff.bench.imaging import write
+from invdiff.bench.rounds import write
 from invdiff.likelihoods import Gaussian
 from invdiff.operators import Inpainting, box_mask
 from invdiff.parallel import ALONE, Shard

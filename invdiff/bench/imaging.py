@@ -18,10 +18,9 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,10 +28,11 @@ from typing import Any
 import torch
 
 import invdiff
-from invdiff import metrics
-from invdiff.bench.contenders import CONTENDERS, EVALUATIONS, Contender, Result, run, trial
+from invdiff.bench import rounds
+from invdiff.bench.contenders import CONTENDERS, EVALUATIONS, Contender, Result, run
 from invdiff.bench.imaging_table import table
-from invdiff.bench.tasks import NOISE_STD, TASKS, VALIDATION_SEED, Group, group, pictures, tests
+from invdiff.bench.rounds import Note, Rounds, jobs, merge, read_tuned, scores, test_batches, write
+from invdiff.bench.tasks import NOISE_STD, TASKS, VALIDATION_SEED, Group, group, pictures
 from invdiff.errors import InvdiffError
 from invdiff.posterior import PRECISIONS
 from invdiff.priors.base import DiffusionPrior
@@ -42,26 +42,6 @@ DRAWS, TUNING_DRAWS, TRIALS = 16, 4, 16
 """Draws a picture, the same for tuning, and trials a contender."""
 TOGETHER = {64: 13, 256: 1}
 """Pictures in one run, by their side: a graph of all their draws must fit into memory."""
-FIGURES = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage", "spread_skill", "chi_square")
-
-
-def scores(result: Result, batch: Group) -> list[dict[str, float]]:
-    """Scores of each picture; coverage is that of the draws' range, (n - 1) / (n + 1) for exact draws."""
-    rows = []
-    for problem, draws, truth in zip(batch.problems, result.draws.float().cpu(), batch.truths, strict=True):
-        likelihood: Any = problem.likelihood
-        found = metrics.score(draws, truth)
-        n = len(draws)
-        found["coverage"] = metrics.coverage(draws, truth, (n - 1) / (n + 1))
-        found["chi_square"] = float(likelihood.to("cpu").deviance(draws.float()).mean()) / likelihood.measurements
-        rows.append({key: found[key] for key in FIGURES})
-    return rows
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over pictures."""
-    t = torch.tensor(values, dtype=torch.float64)
-    return float(t.mean()), float(t.std() / sqrt(len(t))) if len(t) > 1 else float("nan")
 
 
 def about(options: argparse.Namespace, prior: DiffusionPrior) -> dict[str, Any]:
@@ -107,95 +87,34 @@ def attempt(
         return f"{type(error).__name__}: {error}"
     if not bool(torch.isfinite(result.draws).all()):
         return "its draws are not finite"
-    return result, scores(result, batch)
+    return result, scores(result.draws, batch)
 
 
-def jobs(options: argparse.Namespace) -> Iterator[tuple[str, Contender]]:
-    """Pairs of task and contender to work on, the long ones first; with ``--claim`` those that no one else took."""
-    for contender in sorted(CONTENDERS, key=lambda c: not c.gradient):
-        for task in TASKS:
-            wanted = not options.only or contender.name in options.only
-            if not wanted or (options.tasks and task not in options.tasks):
-                continue
-            if options.claim is not None:
-                try:
-                    (options.claim / f"{task} {contender.name}").touch(exist_ok=False)
-                except FileExistsError:
-                    continue
-            yield task, contender
+def _rounds(prior: DiffusionPrior, options: argparse.Namespace) -> Rounds[Result]:
+    return Rounds(
+        tasks=TASKS,
+        contenders=CONTENDERS,
+        attempt=lambda contender, settings, batch: attempt(contender, settings, batch, prior, options),
+        cost=lambda results, count: {
+            "evaluations": results[0].evaluations,
+            "backward": results[0].backward,
+            "seconds_per_picture": round(sum(r.seconds for r in results) / count, 4),
+        },
+    )
 
 
-def tune(options: argparse.Namespace, prior: DiffusionPrior, note: Callable[[dict[str, Any]], None]) -> None:
+def tune(options: argparse.Namespace, prior: DiffusionPrior, note: Note) -> None:
     """Try settings on validation pictures; one row for a task and a contender."""
     truths = pictures(options.data, 64, "validation", options.pictures)
     batches = {task: group(task, truths, list(range(len(truths))), VALIDATION_SEED) for task in TASKS}
-    for task, contender in jobs(options):
-        trials: list[dict[str, Any]] = []
-        for k in range(options.trials):
-            settings, began = trial(contender, k), time.perf_counter()
-            if any(t["settings"] == settings for t in trials):
-                continue  # a sampler without settings has one trial
-            found = attempt(contender, settings, batches[task], prior, options)
-            row: dict[str, Any] = {"settings": settings}
-            if isinstance(found, str):
-                row["failed"] = found
-            else:
-                crps, _ = mean_and_error([s["crps"] for s in found[1]])
-                psnr, _ = mean_and_error([s["psnr_mean"] for s in found[1]])
-                row |= {"crps": round(crps, 6), "psnr_mean": round(psnr, 3)}
-            trials.append(row | {"seconds": round(time.perf_counter() - began, 2)})
-            if "failed" in row and k == 0 and "CapabilityError" in row["failed"]:
-                break  # no setting makes it able
-        done = [t for t in trials if "crps" in t]
-        best = min(done, key=lambda t: t["crps"]) if done else None
-        note({"task": task, "contender": contender.name, "best": best and best["settings"], "trials": trials})
+    rounds.tune(options, _rounds(prior, options), batches, note)
 
 
-def test(options: argparse.Namespace, prior: DiffusionPrior, note: Callable[[dict[str, Any]], None]) -> None:
+def test(options: argparse.Namespace, prior: DiffusionPrior, note: Note) -> None:
     """Run tuned settings on the test pictures; one row for a task and a contender."""
     truths = pictures(options.data, options.side, "test", options.pictures)
-    tuned = {(r["task"], r["contender"]): r for r in json.loads(options.settings.read_text())["rows"]}
-    together = options.together or TOGETHER[options.side]
-    batches = {
-        task: [
-            group(task, truths, list(g.indices[i : i + together]), g.seed)
-            for g in tests(task, truths)
-            for i in range(0, len(g.indices), together)
-        ]
-        for task in TASKS
-    }
-    for task, contender in jobs(options):
-        row: dict[str, Any] = {"task": task, "contender": contender.name, "library": contender.library}
-        settings = tuned[task, contender.name]["best"]
-        if settings is None:
-            note(row | {"failed": tuned[task, contender.name]["trials"][0]["failed"]})
-            continue
-        rows: dict[int, dict[str, float]] = {}
-        cost: list[Result] = []
-        failed = ""
-        for batch in batches[task]:
-            found = attempt(contender, settings, batch, prior, options)
-            if isinstance(found, str):
-                failed = found
-                break
-            cost.append(found[0])
-            rows |= dict(zip(batch.indices, found[1], strict=True))
-        if failed:
-            note(row | {"settings": settings, "failed": failed})
-            continue
-        figures = {key: mean_and_error([rows[i][key] for i in sorted(rows)]) for key in FIGURES}
-        note(
-            row
-            | {"settings": settings, "pictures": len(rows)}
-            | {key: [round(v, 5) for v in pair] for key, pair in figures.items()}
-            | {
-                "evaluations": cost[0].evaluations,
-                "backward": cost[0].backward,
-                "seconds_per_picture": round(sum(c.seconds for c in cost) / len(rows), 4),
-                "each_crps": [round(rows[i]["crps"], 5) for i in sorted(rows)],
-                "each_psnr_mean": [round(rows[i]["psnr_mean"], 3) for i in sorted(rows)],
-            }
-        )
+    batches = {task: test_batches(task, truths, options.together or TOGETHER[options.side]) for task in TASKS}
+    rounds.test(options, _rounds(prior, options), batches, note)
 
 
 def network_seconds(prior: DiffusionPrior, rows: int, options: argparse.Namespace) -> float:
@@ -215,15 +134,13 @@ def network_seconds(prior: DiffusionPrior, rows: int, options: argparse.Namespac
     return median(took[1:])
 
 
-def clock(
-    options: argparse.Namespace, prior: DiffusionPrior, report: dict[str, Any], note: Callable[[dict[str, Any]], None]
-) -> None:
+def clock(options: argparse.Namespace, prior: DiffusionPrior, report: dict[str, Any], note: Note) -> None:
     """Time the network, and tuned settings on the first pictures of each task with the kernel or mask of validation."""
-    tuned = {(r["task"], r["contender"]): r for r in json.loads(options.settings.read_text())["rows"]}
+    tuned = read_tuned(options.settings)
     truths = pictures(options.data, 64, "test", options.pictures)
     report["network_seconds"] = round(network_seconds(prior, len(truths) * options.draws, options), 6)
     batches = {task: group(task, truths, list(range(len(truths))), VALIDATION_SEED) for task in TASKS}
-    for task, contender in jobs(options):
+    for task, contender in jobs(options, _rounds(prior, options)):
         row: dict[str, Any] = {"task": task, "contender": contender.name}
         settings, batch = tuned[task, contender.name]["best"], batches[task]
         if settings is None:
@@ -241,24 +158,6 @@ def clock(
             | {"evaluations": result.evaluations, "backward": result.backward}
             | {"seconds_per_picture": round(result.seconds / len(truths), 4), "over_network": round(ratio, 3)}
         )
-
-
-def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report, its rows one a line."""
-    head = json.dumps({k: v for k, v in report.items() if k != "rows"}, indent=1)
-    rows = ",\n  ".join(json.dumps(r) for r in report["rows"])
-    path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
-
-
-def merge(out: Path, parts: Sequence[Path]) -> None:
-    """Join the files of several parts, in the order of tasks and contenders."""
-    reports = [json.loads(p.read_text()) for p in parts]
-    names = [c.name for c in CONTENDERS]
-    rows = sorted(
-        (r for report in reports for r in report["rows"]),
-        key=lambda r: (list(TASKS).index(r["task"]), names.index(r["contender"])),
-    )
-    write(out, reports[0] | {"processes": len(parts), "rows": rows})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -288,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(arguments)
     if options.command == "merge":
-        merge(options.out, options.parts)
+        merge(options.out, options.parts, TASKS, CONTENDERS)
         return
     if options.command == "table":
         times = json.loads(options.times.read_text()) if options.times else None

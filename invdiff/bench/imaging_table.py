@@ -1,6 +1,6 @@
 """Tables of the benchmark on photographs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from invdiff.bench.contenders import CONTENDERS
@@ -21,6 +21,48 @@ def _cell(row: Mapping[str, Any], key: str, digits: int, best: float | None) -> 
     value, error = (1000 * v for v in row[key]) if key == "crps" else row[key]
     text = f"{value:.{digits}f} ± {error:.{digits}f}"
     return f"**{text}**" if best is not None and value == best else text
+
+
+def sections(
+    rows: Sequence[Mapping[str, Any]],
+    tasks: Mapping[str, str],
+    names: Sequence[str],
+    titles: Sequence[str],
+    lead: Callable[[Mapping[str, Any]], list[str]],
+) -> list[str]:
+    """Lines of one table a task; the best mean of a column that has a best is bold.
+
+    Parameters
+    ----------
+    rows
+        What `test` wrote.
+    tasks, names
+        Tasks with their titles, and the contenders that were to run.
+    titles, lead
+        Columns before the figures, the first two of words, and what they hold.
+    """
+    text = []
+    for task, title in tasks.items():
+        own = [r for r in rows if r["task"] == task]
+        done = [r for r in own if "failed" not in r]
+        if not own:
+            continue
+        best = {
+            key: (min if key == "crps" else max)(
+                (1000 * r[key][0] if key == "crps" else r[key][0] for r in done), default=None
+            )
+            for key in ("psnr_mean", "psnr_draw", "ssim_mean", "crps")
+        }
+        text += ["", f"### {title}", ""]
+        head = [*titles, *(c[1] for c in _COLUMNS)]
+        text += ["| " + " | ".join(head) + " |", "| --- | --- " + "| ---: " * (len(head) - 2) + "|"]
+        for r in sorted(done, key=lambda r: r["crps"][0]):
+            cells = [_cell(r, key, digits, best.get(key)) for key, _, digits in _COLUMNS]
+            text.append("| " + " | ".join([*lead(r), *cells]) + " |")
+        text += [f"\nLeft out: {r['contender']} ({r['library']}). {r['failed']}" for r in own if "failed" in r]
+        missing = [name for name in names if name not in {r["contender"] for r in own}]
+        text += [f"\nNot run: {', '.join(missing)}."] if missing else []
+    return text
 
 
 def table(report: Mapping[str, Any], source: str, times: Mapping[str, Any] | None = None) -> str:
@@ -50,34 +92,14 @@ def table(report: Mapping[str, Any], source: str, times: Mapping[str, Any] | Non
             f"{1000 * times['network_seconds']:.2f} ms for {times['pictures'] * times['draws']} draws."
         )
     text = [f"Made from `{source}` by `python -m invdiff.bench.imaging table`; not edited by hand.", "", about]
-    for task, title in TASKS.items():
-        rows = [r for r in report["rows"] if r["task"] == task]
-        done = [r for r in rows if "failed" not in r]
-        if not rows:
-            continue
-        best = {
-            key: (min if key == "crps" else max)(1000 * r[key][0] if key == "crps" else r[key][0] for r in done)
-            for key in ("psnr_mean", "psnr_draw", "ssim_mean", "crps")
-        }
-        text += ["", f"### {title}", ""]
-        titles = [
-            "library",
-            "sampler",
-            "passes",
-            *(["s a picture", "x network"] if timed else []),
-            *(c[1] for c in _COLUMNS),
-        ]
-        text += ["| " + " | ".join(titles) + " |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
-        for r in sorted(done, key=lambda r: r["crps"][0]):
-            cells = [_cell(r, key, digits, best.get(key)) for key, _, digits in _COLUMNS]
-            passes = f"{r['evaluations']:.0f} + {r['backward']:.0f}"
-            if timed:
-                took = timed.get((task, r["contender"]))
-                cells[:0] = (
-                    ["", ""] if took is None else [f"{took[k]:.2f}" for k in ("seconds_per_picture", "over_network")]
-                )
-            text.append("| " + " | ".join([r["library"], r["contender"], passes, *cells]) + " |")
-        text += [f"\nLeft out: {r['contender']} ({r['library']}). {r['failed']}" for r in rows if "failed" in r]
-        missing = [c.name for c in CONTENDERS if c.name not in {r["contender"] for r in rows}]
-        text += [f"\nNot run: {', '.join(missing)}."] if missing else []
+
+    def lead(r: Mapping[str, Any]) -> list[str]:
+        cells = [r["library"], r["contender"], f"{r['evaluations']:.0f} + {r['backward']:.0f}"]
+        if timed:
+            took = timed.get((r["task"], r["contender"]))
+            cells += ["", ""] if took is None else [f"{took[k]:.2f}" for k in ("seconds_per_picture", "over_network")]
+        return cells
+
+    titles = ["library", "sampler", "passes", *(["s a picture", "x network"] if timed else [])]
+    text += sections(report["rows"], TASKS, [c.name for c in CONTENDERS], titles, lead)
     return "\n".join(text) + "\n"
