@@ -1,0 +1,193 @@
+"""Who takes part in the benchmark on decoded tokens: samplers, and the ranges they are tuned over.
+
+All are held to the same number of decoder calls a picture, those of all its particles together. A decoder call takes
+one sequence, or its vectors, through the detokeniser and the operator; those backward are reported beside. The first
+trial of every contender is its default settings; the others are drawn from its ranges by a seed, as on photographs.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invdiff.bench.contenders import Contender
+from invdiff.bench.tasks import Group
+from invdiff.errors import InputError
+from invdiff.posterior import Posterior
+from invdiff.priors.base import MaskedPrior
+from invdiff.samplers import SGDD, SVDD, MaskedGibbs, PlugIn, Sampler, TwistedSMC
+
+CALLS = 5000
+"""Decoder calls a picture unless told otherwise, forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a sampler may spend.
+
+    Parameters
+    ----------
+    calls
+        Decoder calls a particle, forward.
+    length, vocabulary_size
+        Tokens of a picture, and how many there are.
+    """
+
+    calls: int
+    length: int
+    vocabulary_size: int
+
+    def number(self, what: str, each: int, more: int) -> int:
+        """How many steps fit that cost so many calls each, with so many more for all.
+
+        Raises
+        ------
+        InputError
+            If not one does.
+        """
+        found = (self.calls - more) // each
+        if found < 1:
+            raise InputError(
+                f"{what} needs {each + more} decoder calls a particle at least, and may spend {self.calls}; give it "
+                "more calls or fewer particles."
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Draws of each picture, and what they cost.
+
+    Parameters
+    ----------
+    draws
+        (pictures, draws, c, h, w), in [0, 1].
+    calls, backward
+        Decoder calls a picture, forward and backward.
+    passes
+        Of a sequence through the network, a picture.
+    seconds
+        Wall time a picture.
+    exact
+        Whether the sampler's law tends to the posterior, in the limit that its file names.
+    """
+
+    draws: Tensor
+    calls: float
+    backward: float
+    passes: float
+    seconds: float
+    exact: bool
+
+
+def _masked_gibbs(room: Room, blocks: str = "1, 4, 8") -> Sampler:
+    sizes = tuple(int(b) for b in blocks.split(","))
+    return MaskedGibbs(steps=room.number("MaskedGibbs", 1, 2), blocks=sizes)  # and the start's, and the misfit's
+
+
+def _sgdd(room: Room, mh_steps: int = 5, **settings: Any) -> Sampler:
+    mh_steps = min(mh_steps, max(room.calls - 2, 1))
+    return SGDD(steps=room.number("SGDD", mh_steps, 2), mh_steps=mh_steps, **{"prior_steps": 8, **settings})
+
+
+def _sgdd_published(room: Room) -> Sampler:
+    """70 levels, b from nearly 1 to nearly 0, all calls that there are in moves; 5000 a level in the paper."""
+    return SGDD(steps=70, mh_steps=room.number("SGDD", 70, 2), prior_steps=64, tightest=1e-3, schedule="linear")
+
+
+def _svdd(room: Room, candidates: int = 20, alpha: float = 1.0) -> Sampler:
+    return SVDD(steps=room.number("SVDD", candidates, 1), candidates=candidates, alpha=alpha)
+
+
+def _twisted(room: Room, order: Any = "random") -> Sampler:
+    room.number("TwistedSMC", room.length * room.vocabulary_size, 2)
+    return TwistedSMC(twist=PlugIn(), lookahead=False, order=order)
+
+
+_PARTICLES = [10, 20, 50]
+
+CONTENDERS: tuple[Contender, ...] = (
+    Contender(
+        name="MaskedGibbs",
+        make=_masked_gibbs,
+        ranges={"blocks": ["1", "1, 2", "1, 4, 8", "2, 4, 8, 16", "8, 32"]},
+    ),
+    Contender(
+        name="SGDD",
+        make=_sgdd,
+        ranges={
+            "mh_steps": [2, 5, 10, 20],
+            "prior_steps": [4, 8, 16],
+            "loosest": [0.3, 0.6, 1.0],
+            "tightest": (1e-4, 0.1),
+            "schedule": ["geometric", "linear"],
+        },
+    ),
+    Contender(name="SGDD, as published", make=_sgdd_published),
+    Contender(
+        name="SVDD",
+        make=_svdd,
+        ranges={"candidates": [5, 10, 20, 50, 100], "alpha": (0.3, 300.0)},
+    ),
+    Contender(
+        name="TwistedSMC, no lookahead",
+        make=_twisted,
+        ranges={"particles": _PARTICLES, "order": ["random", "entropy"]},
+    ),
+)
+
+
+def run(
+    contender: Contender,
+    settings: Mapping[str, Any],
+    batch: Group,
+    prior: MaskedPrior,
+    *,
+    draws: int,
+    calls: int,
+    device: str,
+    precision: str,
+    micro_batch: int,
+) -> Decoded:
+    """Draw for every problem of a group, with at most so many decoder calls a picture.
+
+    The setting ``particles``, where a contender has it, says how many share the calls, of which the draws are taken;
+    else there are as many as draws.
+
+    Raises
+    ------
+    CapabilityError
+        If the contender cannot do the task.
+    InputError
+        If the calls are too few for it, or the particles for the draws.
+    """
+    assert contender.make is not None
+    own = dict(settings)
+    particles = own.pop("particles", draws)
+    if particles < draws:
+        raise InputError(f"{draws} draws need as many particles, got {particles}; raise it, or ask for fewer draws.")
+    (length,) = prior.shape
+    room = Room(calls=calls // particles, length=length, vocabulary_size=prior.vocabulary_size)
+    make: Callable[..., Sampler] = contender.make
+    sampler, count = make(room, **own), len(batch.problems)
+    began = time.perf_counter()
+    posterior = Posterior(list(batch.problems), prior, device=device, precision=precision, micro_batch=micro_batch)
+    solutions: Any = posterior.sample(sampler, particles, seed=0)
+    found = torch.stack([evenly(s.draws, draws) for s in solutions])
+    spent = posterior.evaluations
+    return Decoded(
+        draws=found,
+        calls=spent.likelihood / count,
+        backward=spent.likelihood_grad / count,
+        passes=spent.denoiser / count,
+        seconds=(time.perf_counter() - began) / count,
+        exact=sampler.exact,
+    )
+
+
+def evenly(x: Tensor, number: int) -> Tensor:
+    """Evenly spaced ones of draws: those of a systematic resampling stand in their ancestors' order."""
+    return x[torch.arange(number) * len(x) // number]
