@@ -134,8 +134,11 @@ class SVDD(Sampler):
         u = noise.uniform(noise.slots, (2, K, length)).reshape(e, n, 2, K, length)
         masked = (state.z == posterior.mask_token)[:, :, None]
         first = torch.where(masked, u[:, :, 0], inf).argsort(-1)[..., :number]  # candidates' own positions
-        drawn = categorical(state.log_probs[:, :, None], u[:, :, 1])
-        x = state.z[:, :, None].expand(e, n, K, length).scatter(3, first, drawn.gather(3, first))
+        V = posterior.vocabulary_size
+        c = state.log_probs[:, :, None].expand(e, n, K, length, V)
+        c = c.gather(3, first[..., None].expand(e, n, K, number, V))
+        drawn = categorical(c, u[:, :, 1].gather(3, first))
+        x = state.z[:, :, None].expand(e, n, K, length).scatter(3, first, drawn)
         last = state.step == T - 1
         if last:
             log_probs, value = None, posterior.log_likelihood(x).double()
@@ -145,7 +148,6 @@ class SVDD(Sampler):
         k = self._chosen(value, noise)[..., None]
         z = x.gather(2, k[..., None].expand(e, n, 1, length))[:, :, 0]
         if log_probs is not None:
-            V = posterior.vocabulary_size
             log_probs = log_probs.gather(2, k[..., None, None].expand(e, n, 1, length, V))[:, :, 0]
         new = DecodedTokens(
             z=z,
