@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import invdiff
-from invdiff.bench.imaging import write
+from invdiff.bench.rounds import write
 from invdiff.bench.tasks import NOISE_STD, pictures
 from invdiff.noise import stream_key
 from invdiff.operators import PhaseRetrieval
