@@ -245,6 +245,13 @@ class Posterior:
         return self._masked().mask_token
 
     @property
+    def codebook(self) -> Tensor:
+        """Vector of each token of a masked prior, (V, c)."""
+        self._masked()
+        assert self._codebook is not None
+        return self._codebook
+
+    @property
     def measurements(self) -> int:
         """Number of real values in one measurement."""
         return self._likelihood.measurements
@@ -408,6 +415,33 @@ class Posterior:
         self.evaluations.likelihood_grad += self._count(z)
         value, grad = self._over_rows(z, lambda likelihood, x: self._latent(likelihood)(x))
         return value, grad.reshape(z.shape)
+
+    def embedding_log_likelihood_and_grad(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Log p(y | decode_embedding(e)) of vectors e (..., length, c), and its gradient with respect to e.
+
+        Raises
+        ------
+        CapabilityError
+            If the prior is not a masked one.
+        ShapeError
+            If the vectors have another shape.
+        """
+        ends = (*self.shape, self.codebook.shape[1])
+        lead = embedding.shape[: embedding.ndim - 2]
+        if tuple(embedding.shape[-2:]) != ends or not lead:
+            raise ShapeError(f"Vectors here have shape (..., {ends[0]}, {ends[1]}), got {tuple(embedding.shape)}.")
+        flat, rows = embedding.reshape(-1, *ends), self.rows(embedding[..., 0])
+        self.evaluations.likelihood += len(flat)
+        self.evaluations.likelihood_grad += len(flat)
+        values, grads = [], []
+        for s in self._chunks(len(flat)):
+            with torch.enable_grad():
+                leaf = flat[s].detach().requires_grad_()
+                x = self._from_vectors(leaf)
+            value, grad = self._likelihood.rows(rows[s]).log_prob_and_grad(x.detach())
+            values.append(value)
+            grads.append(torch.autograd.grad(x, leaf, grad)[0])
+        return torch.cat(values).reshape(lead), torch.cat(grads).reshape(embedding.shape)
 
     def deviance(self, z: Tensor) -> Tensor:
         """Twice the log-likelihood lost against a perfect fit; a chi-square for Gaussian noise."""

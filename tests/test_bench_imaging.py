@@ -70,7 +70,9 @@ def test_every_sampler_takes_part():
     # 16 particles cannot carry weights on a picture, nor walkers come up again from where a picture has been measured.
     left_out = {samplers.ImportanceSampling, samplers.AFDPS, samplers.FPS, samplers.MCGDiff, samplers.PCN}
     left_out |= {samplers.TDS, samplers.FKSteering, samplers.DMCMC}
-    left_out |= {samplers.TwistedSMC, samplers.MaskedGibbs, samplers.SGDD, samplers.SVDD}  # which draw tokens
+    # Which draw tokens:
+    left_out |= {samplers.TwistedSMC, samplers.AnchoredSMC, samplers.MaskedGibbs}
+    left_out |= {samplers.APS, samplers.G2D2, samplers.SGDD, samplers.SVDD}
     assert made == set(sampler_classes().values()) - left_out
     assert {c.peer for c in CONTENDERS if c.library == "deepinv"} == {"DPS", "DDRM", "DiffPIR", "PosteriorDiffusion"}
 

@@ -358,7 +358,7 @@ def test_the_benchmark_writes_its_file_and_a_table_from_it(tmp_path):
     assert [r["problem"] for r in again["falls"]] == ["product-mixture-sums", "parity-8"]
     walkers = next(r for r in again["rows"] if r["sampler"] == "MaskedGibbs" and r["problem"] == "parity-8")
     assert walkers["outside"] == ["marginal_tv"]  # 20 moves of 50 walkers
-    assert {r["sampler"] for r in again["rows"] if not r["bounds"]} == {"exact draws", "SGDD", "SVDD"}
+    assert {r["sampler"] for r in again["rows"] if not r["bounds"]} == {"exact draws", "APS", "G2D2", "SGDD", "SVDD"}
     text = bench.table(again, "a.json", "a.md")
     assert f"**{walkers['marginal_tv']:.4f}**" in text
     assert f"| {again['unmasking'][3]['steps']} | {again['unmasking'][3]['measured']:.3f} |" in text

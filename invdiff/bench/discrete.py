@@ -21,7 +21,7 @@ from invdiff.diagnostics.discrete import PROBLEMS, DiscreteProblem, TokenFigures
 from invdiff.errors import InputError
 from invdiff.noise import Noise, stream_key
 from invdiff.priors.unmasking import expected_evaluations, unmask
-from invdiff.samplers import SGDD, SVDD, MaskedGibbs, Sampler, TwistedSMC
+from invdiff.samplers import APS, G2D2, SGDD, SVDD, AnchoredSMC, MaskedGibbs, Sampler, TwistedSMC
 from invdiff.solve import solve
 
 SEEDS = 16
@@ -40,7 +40,7 @@ FALL, GIBBS_TV = 0.35, 0.03
 """Largest TV of 16 000 particles over that of 1000; largest TV of walkers."""
 MOVES = {"chain-8": 400, "product-mixture-sums": 600, "parity-12": 900}
 _FEW_MOVES = 150
-_REPORTED = (SGDD, SVDD)  # biased at these settings, or at any; without bounds
+_REPORTED = (APS, G2D2, SGDD, SVDD)  # biased at these settings, or at any; without bounds
 _MICRO_BATCH = 8192  # fits a core's cache
 
 
@@ -51,6 +51,9 @@ def runs(name: str, *, quick: bool) -> list[tuple[str, Sampler, int]]:
         return [
             *((twisted, TwistedSMC(), n) for n in (100, 200)),
             ("MaskedGibbs", MaskedGibbs(steps=20), 50),
+            ("AnchoredSMC", AnchoredSMC(inner_steps=3), 100),
+            ("APS", APS(steps=4, inner_steps=4), 50),
+            ("G2D2", G2D2(steps=4, inner_steps=4), 50),
             ("SGDD", SGDD(steps=10, mh_steps=5), 50),
             ("SVDD", SVDD(candidates=4), 50),
         ]
@@ -58,7 +61,13 @@ def runs(name: str, *, quick: bool) -> list[tuple[str, Sampler, int]]:
         *((twisted, TwistedSMC(), n) for n in (1000, 4000, 16_000)),
         ("TwistedSMC, order by entropy", TwistedSMC(order="entropy"), 4000),
         ("TwistedSMC, no lookahead", TwistedSMC(lookahead=False), 4000),
+        *(("AnchoredSMC", AnchoredSMC(), n) for n in (1000, 4000, 16_000)),
         ("MaskedGibbs", MaskedGibbs(steps=MOVES.get(name, _FEW_MOVES)), 500),
+        ("APS", APS(), 500),
+        ("APS, decoded means", APS(estimator="soft"), 500),
+        ("APS, anchors compete again", APS(sticky=False), 500),
+        ("APS, no divergence", APS(kl=0.0), 500),
+        ("G2D2", G2D2(), 500),
         ("SGDD, 100 levels of 20 moves", SGDD(), 500),
         ("SGDD, 400 levels of 20 moves", SGDD(steps=400), 500),
         ("SVDD, one of 20", SVDD(), 4000),

@@ -9,6 +9,7 @@ from invdiff.priors.frequency_table import FrequencyTable
 from invdiff.priors.gaussian import GaussianPrior
 from invdiff.priors.grid import IsingPrior, PottsPrior
 from invdiff.priors.loading import load_prior
+from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.priors.mixture import MixturePrior
 from invdiff.priors.product_mixture import ProductMixturePrior
 from invdiff.priors.tiled import TiledPrior
@@ -21,6 +22,7 @@ __all__ = [
     "GaussianPrior",
     "IsingPrior",
     "MarkovChainPrior",
+    "MaskedNetworkPrior",
     "MaskedPrior",
     "MixturePrior",
     "NetworkPrior",

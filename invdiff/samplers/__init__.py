@@ -2,7 +2,9 @@
 
 from invdiff.driver import Sampler
 from invdiff.samplers.afdps import AFDPS
+from invdiff.samplers.anchored_smc import AnchoredSMC
 from invdiff.samplers.annealing import Levels
+from invdiff.samplers.aps import APS
 from invdiff.samplers.daps import DAPS
 from invdiff.samplers.ddnm import DDNM
 from invdiff.samplers.ddrm import DDRM
@@ -11,6 +13,7 @@ from invdiff.samplers.dmcmc import DMCMC
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.fk_steering import FKSteering
 from invdiff.samplers.fps import FPS
+from invdiff.samplers.g2d2 import G2D2
 from invdiff.samplers.importance import ImportanceSampling
 from invdiff.samplers.inner import ExactInner, Langevin
 from invdiff.samplers.masked_gibbs import MaskedGibbs
@@ -30,17 +33,20 @@ from invdiff.samplers.ula import ULA
 
 __all__ = [
     "AFDPS",
+    "APS",
     "DAPS",
     "DDNM",
     "DDRM",
     "DMCMC",
     "DPS",
     "FPS",
+    "G2D2",
     "PCN",
     "SGDD",
     "SVDD",
     "TDS",
     "ULA",
+    "AnchoredSMC",
     "BirthDeath",
     "DiffPIR",
     "ExactInner",

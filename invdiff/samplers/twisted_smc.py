@@ -36,7 +36,7 @@ from invdiff.errors import CapabilityError, InputError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.samplers.particles import Resampling, Systematic, Weighted, alive, check_threshold
-from invdiff.samplers.twists import MomentMatched, PlugIn, Twist
+from invdiff.samplers.twists import Twist, default_twist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +177,7 @@ class TwistedSMC(Sampler):
     # Within.
 
     def _twist(self, posterior: Posterior) -> Twist:
-        if self.twist is not None:
-            return self.twist
-        return MomentMatched() if MomentMatched().requires() <= posterior.capabilities else PlugIn()
+        return default_twist(posterior) if self.twist is None else self.twist
 
     def _position(self, posterior: Posterior, state: TwistedTokens, u: Tensor) -> Tensor:
         """Next position of each particle, (ensemble, particle); it depends on no token that is still to be drawn."""

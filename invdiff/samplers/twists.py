@@ -122,3 +122,8 @@ class PlugIn(Twist):
         """Log psi of the rows, (n,)."""
         mean = (block.probs @ block.codebook.double()).to(block.codebook.dtype)
         return block.likelihood.log_prob(block.decode(mean))
+
+
+def default_twist(posterior: Posterior) -> Twist:
+    """MomentMatched() for Gaussian noise with a gradient, else PlugIn()."""
+    return MomentMatched() if MomentMatched().requires() <= posterior.capabilities else PlugIn()

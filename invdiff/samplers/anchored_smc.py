@@ -1,0 +1,185 @@
+r"""APS inside sequential Monte Carlo: what the fit proposes is weighed, so that the sampler is consistent.
+
+Anchored posterior sampling (`samplers.aps`, Rout et al. 2025, arXiv 2510.02291) fits independent tokens q to the
+measurement and keeps what it drew. Here one token a step is kept, and its weight remembers that it came from q and not
+from the posterior. With c the prior's conditionals given the known tokens x and psi a twist (`samplers.twists`),
+
+    q^ = (1 - d) q + d c,     v ~ q^_i,     w <- w  c_i(v) / q^_i(v)  psi(x, x_i = v) / psi(x).
+
+psi of the empty sequence begins the weight, and psi of a complete one is p(y | x), so that weights telescope to
+p(x) p(y | x) / q^(x) and their means estimate the evidence without bias, whatever q and psi are. The share d of the
+prior keeps the first ratio below 1 / d.
+
+The position i is the masked one of which q^ is most confident, max_v q^_i(v): the same for every value that may be
+drawn there. To keep the token whose *drawn* value is most probable, as APS does, would be a bias that no weight here
+mends. One token a step makes the prior's own law; fewer steps would be exact for the law of parallel unmasking only.
+
+Exact as particles grow. `TwistedSMC` weighs every token of the vocabulary instead, with an evaluation each; where the
+vocabulary is large, as that of a tokenizer, one fit a step is what can be paid. Measured on problems that can be
+enumerated: the page on discrete problems, made by `invdiff.bench.discrete`.
+
+Cost: one forward pass a token, none backward through the network. Decoder calls with L tokens: L ``inner_steps``
+forward and backward, and forward L + 1, with a twist by moments none of them through the decoder.
+"""
+
+from dataclasses import dataclass, field, replace
+from math import log, log1p
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from invdiff.draws import Draws, categorical
+from invdiff.driver import Cost, Info, Sampler
+from invdiff.errors import CapabilityError, InputError
+from invdiff.noise import Noise
+from invdiff.posterior import Posterior
+from invdiff.samplers.particles import Resampling, Systematic, alive, check_threshold
+from invdiff.samplers.twisted_smc import TwistedTokens
+from invdiff.samplers.twists import Twist, default_twist
+from invdiff.samplers.variational import Estimator, Fit, check_inner, estimate
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AnchoredSMC(Sampler):
+    """Sequential Monte Carlo on masked tokens, one token a step, proposed by a fit to the measurement.
+
+    Parameters
+    ----------
+    inner_steps
+        Steps of Adam for each token.
+    lr
+        Step of the logits, positive.
+    kl
+        Weight of KL(q || c), not negative; 1 is Bayes' rule.
+    estimator
+        What is decoded in the fit: "soft", the mean; "hard", the code nearest to it; "entropy", between.
+    defence
+        d in (0, 1), the prior's share of the proposal.
+    order
+        "confident": the position of which the proposal is most certain is next; "random": a uniform one.
+    twist
+        MomentMatched() or PlugIn(); if None, MomentMatched() for Gaussian noise with a gradient, else PlugIn().
+    resampling
+        Systematic(), Stratified(), Residual() or BirthDeath().
+    threshold
+        Share of the particles below which the effective sample size of an ensemble makes it resample; in [0, 1].
+
+    Raises
+    ------
+    InputError
+        If a setting lies out of its range.
+    """
+
+    inner_steps: int = 10
+    lr: float = 0.5
+    kl: float = 1.0
+    estimator: Estimator = "soft"
+    defence: float = 0.1
+    order: Literal["confident", "random"] = "confident"
+    twist: Twist | None = None
+    resampling: Resampling = field(default_factory=Systematic)
+    threshold: float = 0.5
+
+    citation: ClassVar[str] = (
+        "@article{rout2025aps, title={Test-Time Anchoring for Discrete Diffusion Posterior Sampling}, "
+        "author={Rout, Litu and Lugmayr, Andreas and Jafarian, Yasamin and Varadharajan, Srivatsan and Caramanis, "
+        "Constantine and Shakkottai, Sanjay and Kemelmacher-Shlizerman, Ira}, journal={arXiv:2510.02291}, year={2025}}"
+    )
+
+    def __post_init__(self) -> None:
+        check_inner(self.inner_steps, self.lr, self.kl)
+        check_threshold(self.threshold)
+        if self.estimator not in ("hard", "soft", "entropy"):
+            raise InputError(f"estimator is 'hard', 'soft' or 'entropy', got {self.estimator!r}.")
+        if self.order not in ("confident", "random"):
+            raise InputError(f"order is 'confident' or 'random', got {self.order!r}.")
+        if not 0.0 < self.defence < 1.0:
+            raise InputError(f"defence is the prior's share of the proposal, in (0, 1); got {self.defence}.")
+
+    @property
+    def exact(self) -> bool:
+        """As particles grow."""
+        return True
+
+    def requires(self) -> frozenset[str]:
+        """Return a masked prior, a gradient with respect to vectors, and what the twist asks for."""
+        own = frozenset({"masked", "embedding_gradient"})
+        return own | (frozenset() if self.twist is None else self.twist.requires())
+
+    def cost(self) -> Cost:
+        """Raise: it follows from the number of tokens, as `cost_on` has it."""
+        raise CapabilityError("The cost of AnchoredSMC follows from the number of tokens; ask cost_on(posterior).")
+
+    def cost_on(self, posterior: Posterior) -> Cost:
+        """One pass a token."""
+        return Cost(posterior.shape[0])
+
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TwistedTokens:
+        """Every token masked; the weight is psi."""
+        shape = (ensembles, n, *posterior.shape)
+        z = torch.full(shape, posterior.mask_token, dtype=torch.int64, device=posterior.device)
+        log_probs = posterior.log_probs(z)
+        log_twist = self._twist(posterior).log_twist(posterior, log_probs)
+        return TwistedTokens.begin(z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist)
+
+    def done(self, state: TwistedTokens) -> bool:
+        """All tokens known."""
+        return state.step >= state.z.shape[-1]
+
+    def progress(self, state: TwistedTokens) -> float:
+        """Share of the tokens known."""
+        return state.step / state.z.shape[-1]
+
+    def step(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> tuple[TwistedTokens, Info]:
+        """Fit q, draw the token of one position from it, and weigh it."""
+        e, n, length = state.z.shape
+        u = noise.uniform(noise.slots, (2,)).reshape(e, n, 2)
+        masked = state.z == posterior.mask_token
+        c = state.log_probs
+        proposal = self._proposal(posterior, state.z, masked, c)
+        position = self._position(masked, proposal, u[..., 0])[..., None]
+        own = position[..., None].expand(e, n, 1, posterior.vocabulary_size)
+        q, c = proposal.gather(2, own)[:, :, 0], c.gather(2, own)[:, :, 0]
+        token = categorical(q, u[..., 1])[..., None]
+        z = state.z.scatter(2, position, token)
+        last = state.step == length - 1
+        if last:
+            log_probs, log_twist = state.log_probs, posterior.log_likelihood(z).double()
+        else:
+            log_probs = posterior.log_probs(z)
+            log_twist = self._twist(posterior).log_twist(posterior, log_probs)
+        ratio = (c.gather(2, token) - q.gather(2, token))[..., 0]
+        increment = ratio + log_twist - state.log_twist
+        new = replace(state, z=z, step=state.step + 1, log_probs=log_probs, log_twist=log_twist).reweighted(
+            alive(state, increment), f" at token {state.step + 1} of {length}: no particle has a likelihood above zero"
+        )
+        info = Info(sigma=1.0 - new.step / length, ess=new.ess)
+        if last:  # the last weights stay with the draws
+            return new, replace(info, misfit=posterior.misfit(z))
+        return new.resampled(self.resampling, noise, self.threshold), info
+
+    def finish(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+        """Return the complete sequences, their weights and the evidence."""
+        return Draws(z=state.z, log_weights=state.log_weights, log_evidence=state.evidence)
+
+    # Within.
+
+    def _twist(self, posterior: Posterior) -> Twist:
+        return default_twist(posterior) if self.twist is None else self.twist
+
+    def _proposal(self, posterior: Posterior, z: Tensor, masked: Tensor, log_c: Tensor) -> Tensor:
+        """Log q^, float64, (ensemble, particle, length, V)."""
+        c = log_c.to(posterior.dtype)
+        fit = Fit(steps=self.inner_steps, lr=self.lr, kl=self.kl)
+        q = fit.run(posterior, c, c, z, masked, estimate(posterior.codebook, self.estimator)).double()
+        return torch.logaddexp(q + log1p(-self.defence), log_c + log(self.defence))
+
+    def _position(self, masked: Tensor, proposal: Tensor, u: Tensor) -> Tensor:
+        """Next position of each particle, (ensemble, particle); it depends on no token that is still to be drawn."""
+        if self.order == "confident":
+            return torch.where(masked, proposal.amax(-1), -torch.inf).argmax(-1)
+        left = masked.sum(-1)
+        rank = (u * left).long().minimum(left - 1)[..., None]  # among the masked ones
+        return ((masked.cumsum(-1) == rank + 1) & masked).to(torch.int8).argmax(-1)
