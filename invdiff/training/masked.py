@@ -14,7 +14,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -89,6 +90,8 @@ class MaskedTrainer:
         self.network = self._made()
         self.parameters = dict(self.network.named_parameters())
         self.average = {k: v.detach().clone() for k, v in self.parameters.items()}
+        self.best = {k: v.clone() for k, v in self.average.items()}
+        self._record = torch.tensor([math.inf, 0.0], dtype=torch.float64)
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
         rest = [p for p in self.parameters.values() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -117,13 +120,15 @@ class MaskedTrainer:
         """Take one step; returns the mean loss, nats a token."""
         s = self.settings
         # The stream depends on the step, so that a resumed training sees the sequences it would have seen.
-        self.generator.manual_seed(s.seed * 1_000_003 + self.progress.step)
+        stream = s.seed * 1_000_003 + self.progress.step
+        self.generator.manual_seed(stream)
         tokens = self.sequences.batch(s.batch, self.generator)
         masked, k = draw_masks(s.batch, tokens.shape[1], self.generator)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
-            loss = any_order_loss(self.forward, tokens, masked, k).mean()
-        self.optimiser.zero_grad()
-        torch.autograd.backward(loss)
+        with self._dropout_stream(stream):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
+                loss = any_order_loss(self.forward, tokens, masked, k).mean()
+            self.optimiser.zero_grad()
+            torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.progress, s)
@@ -137,6 +142,13 @@ class MaskedTrainer:
             self._tick()
         return loss.detach()
 
+    @contextmanager
+    def _dropout_stream(self, stream: int) -> Iterator[None]:
+        """Give dropout, which knows the global generators only, a stream of its own; they are left as they were."""
+        with torch.random.fork_rng(devices=[self.device] if self.cuda else []):
+            torch.manual_seed(stream + 2**40)  # not the masks' own numbers
+            yield
+
     def _tick(self) -> None:
         """Add the time since the last tick; waits for the device."""
         if self.cuda:
@@ -149,10 +161,24 @@ class MaskedTrainer:
         """Stop the clock until the next step is done: what lies between, and a compilation, is not counted."""
         self._since = None
 
-    def averaged(self) -> MaskedNetworkPrior:
-        """Make a prior with the averaged weights."""
+    @property
+    def record(self) -> tuple[float, int]:
+        """Held-out bound of the best weights, bits a token, and their step; (infinity, 0) before a validation."""
+        value, step = self._record.tolist()
+        return value, int(step)
+
+    def validate(self, held: Tensor) -> float:
+        """Held-out bound of the averaged weights, bits a token; they are kept if they are the best."""
+        found = bound(self.prior(self.average), held, samples=16)["bits_per_token"]
+        if found < self.record[0]:
+            self._record = torch.tensor([found, float(self.progress.step)], dtype=torch.float64)
+            self.best = {k: v.clone() for k, v in self.average.items()}
+        return found
+
+    def prior(self, weights: dict[str, Tensor]) -> MaskedNetworkPrior:
+        """Make a prior with some weights: the averaged ones, or the best."""
         network = self._made()
-        network.load_state_dict(self.average)
+        network.load_state_dict(weights)
         name, alphabet = self.settings.name, self.settings.alphabet
         return MaskedNetworkPrior(network, self.tokenizer, name=name, alphabet=alphabet).to(self.device).eval_only()
 
@@ -164,7 +190,8 @@ class MaskedTrainer:
             for name in ("exp_avg", "exp_avg_sq")
         }
         weights = {f"weights.{k}": v for k, v in self.parameters.items()}
-        return {**weights, **{f"average.{k}": v for k, v in self.average.items()}, **moments}
+        kept = {f"{part}.{k}": v for part in ("average", "best") for k, v in getattr(self, part).items()}
+        return {**weights, **kept, **moments, "record": self._record}
 
     def save(self, folder: Path) -> None:
         """Write the training's state, in float32: it is small, and going on is then exact."""
@@ -191,9 +218,9 @@ def bound(prior: MaskedNetworkPrior, tokens: Tensor, *, samples: int) -> dict[st
     }
 
 
-def export(trainer: MaskedTrainer, prior: MaskedNetworkPrior, best: int, out: Path) -> dict[str, Any]:
-    """Write the prior's card, weights and report.json; returns the report, measured on the rounded weights."""
-    s, progress = trainer.settings, trainer.progress
+def export(trainer: MaskedTrainer, out: Path) -> dict[str, Any]:
+    """Write the best weights' card, weights and report.json; returns the report, measured on the rounded weights."""
+    s, progress, (_, best), prior = trainer.settings, trainer.progress, trainer.record, trainer.prior(trainer.best)
     card = MaskedCard(
         name=s.name,
         version=s.version,
@@ -259,7 +286,7 @@ def train(
     tokenizer
         Folder of the pictures' tokenizer; None for sequences of symbols.
     resume
-        Go on from ``out/state``. What was best before is then forgotten.
+        Go on from ``out/state``, the best weights so far among it.
     limit
         Seconds after which this command stops training and saves.
     compiled
@@ -282,16 +309,10 @@ def train(
         trainer.load(out / "state")
     progress, total = trainer.progress, torch.zeros((), device=device)
     marked, held = (time.perf_counter(), progress.images), trainer.sequences.held_out("validation", 500)
-    best: tuple[float, int, MaskedNetworkPrior | None] = (math.inf, 0, None)
 
     def validate() -> None:
-        """Keep the averaged weights if they are the best."""
-        nonlocal best
-        prior = trainer.averaged()
-        found = bound(prior, held, samples=16)["bits_per_token"]
-        if found < best[0]:
-            best = (found, progress.step, prior)
-        log(f"step {progress.step}: held-out bound {found:.4f} bits a token; best {best[0]:.4f} at step {best[1]}")
+        found, (value, step) = trainer.validate(held), trainer.record
+        log(f"step {progress.step}: held-out bound {found:.4f} bits a token; best {value:.4f} at step {step}")
         trainer.pause()
 
     while used(progress, settings) < 1:
@@ -313,12 +334,12 @@ def train(
         if progress.step % 10 == 0 and time.perf_counter() - start > limit:
             break
     finished = used(progress, settings) >= 1
+    if finished:
+        validate()
     trainer.save(out / "state")
     log(f"state saved at step {progress.step}, {progress.elapsed:.0f} s of training")
     if finished:
-        validate()
-        assert best[2] is not None
-        log(f"prior written to {out}; {export(trainer, best[2], best[1], out)}")
+        log(f"prior written to {out}; {export(trainer, out)}")
     return finished
 
 
