@@ -54,8 +54,11 @@ def read_promoters(folder: Path, classes: tuple[str, ...] = PROMOTER_CLASSES) ->
         pairs = [(kind, sequence) for kind, sequence in csv.reader(io.StringIO(text), delimiter="\t")]
     except (lzma.LZMAError, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"{path} is damaged, or not two columns, class and sequence: {error}.") from error
-    first = {sequence: kind for kind, sequence in reversed(pairs) if kind in classes}
-    return [(kind, sequence) for sequence, kind in reversed(first.items())]
+    first: dict[str, str] = {}
+    for kind, sequence in pairs:
+        if kind in classes:
+            first.setdefault(sequence, kind)
+    return [(kind, sequence) for sequence, kind in first.items()]
 
 
 def part_of(sequence: str) -> str:
@@ -86,10 +89,17 @@ def encode(sequences: list[str], alphabet: str) -> Int[Tensor, "n length"]:
 class Promoters:
     """Promoter sequences, aligned at the start of transcription, each once, split by hash."""
 
-    def __init__(self, folder: Path, alphabet: str, device: torch.device) -> None:
+    def __init__(self, folder: Path, length: int, alphabet: str, device: torch.device) -> None:
         kept: dict[str, list[str]] = {split: [] for split in _TENTHS}
         for _, sequence in read_promoters(folder):
             kept[part_of(sequence)].append(sequence)
+        lengths = {len(sequence) for found in kept.values() for sequence in found}
+        if lengths != {length} or not all(kept.values()):
+            raise InputError(
+                f"{folder / PROMOTERS_FILE} holds promoters of {sorted(lengths)} nucleotides, "
+                f"{', '.join(f'{len(found)} for {split}' for split, found in kept.items())}; the settings ask for "
+                f"some of each, and shape = [{length}]."
+            )
         self._tokens = {split: encode(found, alphabet).to(device) for split, found in kept.items()}
 
     def batch(self, n: int, generator: torch.Generator) -> Int[Tensor, "n length"]:
@@ -139,4 +149,4 @@ def training_sequences(
         return TokenizedPictures(settings, folder, tokenizer, device)
     if tuple(settings.mixture) != (PROMOTERS,):
         raise InputError(f"Pictures need a tokenizer, and of sequences there is {PROMOTERS!r}; got {settings.mixture}.")
-    return Promoters(folder, settings.alphabet, device)
+    return Promoters(folder, settings.shape[0], settings.alphabet, device)
