@@ -278,7 +278,9 @@ def test_solve_takes_twisted_particles_for_tokens():
 
 
 def test_samplers_of_the_other_kind_are_refused_and_the_able_are_named():
-    with pytest.raises(CapabilityError, match=r"PiGDM needs denoiser.*Samplers that can: .*MaskedGibbs, .*TwistedSMC\."):
+    with pytest.raises(
+        CapabilityError, match=r"PiGDM needs denoiser.*Samplers that can: .*MaskedGibbs, .*TwistedSMC\."
+    ):
         invdiff.solve(dense(), small_chain(), samplers.PiGDM())
     continuous = GaussianPrior(torch.zeros(4, 2, dtype=F64), torch.eye(8, dtype=F64))
     for sampler in (TwistedSMC(), MaskedGibbs()):

@@ -6,5 +6,6 @@ from invdiff.likelihoods.gaussian import Gaussian
 from invdiff.likelihoods.objective import Objective
 from invdiff.likelihoods.poisson import Poisson
 from invdiff.likelihoods.product import Product
+from invdiff.likelihoods.tabulated import Tabulated
 
-__all__ = ["BinarySymmetric", "Gaussian", "Likelihood", "Objective", "Poisson", "Product"]
+__all__ = ["BinarySymmetric", "Gaussian", "Likelihood", "Objective", "Poisson", "Product", "Tabulated"]
