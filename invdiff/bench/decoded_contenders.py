@@ -8,6 +8,7 @@ trial of every contender is its default settings; the others are drawn from its 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from invdiff.bench.tasks import Group
 from invdiff.errors import InputError
 from invdiff.posterior import Posterior
 from invdiff.priors.base import MaskedPrior
-from invdiff.samplers import SGDD, SVDD, MaskedGibbs, PlugIn, Sampler, TwistedSMC
+from invdiff.samplers import APS, G2D2, SGDD, SVDD, AnchoredSMC, MaskedGibbs, PlugIn, Sampler, TwistedSMC
 
 CALLS = 5000
 """Decoder calls a picture unless told otherwise, forward."""
@@ -102,6 +103,21 @@ def _svdd(room: Room, candidates: int = 20, alpha: float = 1.0) -> Sampler:
     return SVDD(steps=room.number("SVDD", candidates, 1), candidates=candidates, alpha=alpha)
 
 
+def _aps(room: Room, inner_steps: int = 20, kl: float = 1.0, **settings: Any) -> Sampler:
+    steps = min(room.number("APS", inner_steps, 1), room.length)
+    return APS(steps=steps, inner_steps=inner_steps, kl=kl, **settings)
+
+
+def _g2d2(room: Room, inner_steps: int = 20, **settings: Any) -> Sampler:
+    return G2D2(steps=min(room.number("G2D2", inner_steps, 1), room.length), inner_steps=inner_steps, **settings)
+
+
+def _anchored(room: Room, inner_steps: int = 5, **settings: Any) -> Sampler:
+    """As many fits as there is room for, evenly spread over the tokens."""
+    fits = min(room.number("AnchoredSMC", inner_steps, room.length + 2), room.length)
+    return AnchoredSMC(inner_steps=inner_steps, every=-(-room.length // fits), twist=PlugIn(), **settings)
+
+
 def _twisted(room: Room, order: Any = "random") -> Sampler:
     room.number("TwistedSMC", room.length * room.vocabulary_size, 2)
     return TwistedSMC(twist=PlugIn(), lookahead=False, order=order)
@@ -131,6 +147,46 @@ CONTENDERS: tuple[Contender, ...] = (
         name="SVDD",
         make=_svdd,
         ranges={"candidates": [5, 10, 20, 50, 100], "alpha": (0.3, 300.0)},
+    ),
+    Contender(
+        name="APS",
+        make=_aps,
+        backward=1,
+        ranges={
+            "inner_steps": [10, 20, 50],
+            "lr": (0.03, 1.0),
+            "estimator": ["hard", "soft", "entropy"],
+            "sticky": [True, False],
+        },
+    ),
+    Contender(
+        name="APS, no divergence",
+        make=partial(_aps, kl=0.0),
+        backward=1,
+        ranges={
+            "inner_steps": [10, 20, 50],
+            "lr": (0.03, 1.0),
+            "estimator": ["hard", "soft", "entropy"],
+            "sticky": [True, False],
+        },
+    ),
+    Contender(
+        name="G2D2",
+        make=_g2d2,
+        backward=1,
+        ranges={
+            "inner_steps": [10, 20, 30],
+            "lr": (0.1, 10.0),
+            "lr_decades": [0.0, 1.0, 2.0],
+            "kl": (0.1, 10.0),
+            "forget": [0.1, 0.3, 1.0],
+        },
+    ),
+    Contender(
+        name="AnchoredSMC",
+        make=_anchored,
+        backward=1,
+        ranges={"inner_steps": [3, 5, 10, 20], "lr": (0.1, 2.0), "defence": [0.05, 0.1, 0.3]},
     ),
     Contender(
         name="TwistedSMC, no lookahead",

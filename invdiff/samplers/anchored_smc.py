@@ -14,12 +14,15 @@ The position i is the masked one of which q^ is most confident, max_v q^_i(v): t
 drawn there. To keep the token whose *drawn* value is most probable, as APS does, would be a bias that no weight here
 mends. One token a step makes the prior's own law; fewer steps would be exact for the law of parallel unmasking only.
 
+A fit may serve ``every`` tokens: until the next, what it added to log c, log q - log c, is added to the conditionals of
+the day. Any proposal is weighed rightly, and a stale one costs particles, not truth.
+
 Exact as particles grow. `TwistedSMC` weighs every token of the vocabulary instead, with an evaluation each; where the
 vocabulary is large, as that of a tokenizer, one fit a step is what can be paid. Measured on problems that can be
 enumerated: the page on discrete problems, made by `invdiff.bench.discrete`.
 
-Cost: one forward pass a token, none backward through the network. Decoder calls with L tokens: L ``inner_steps``
-forward and backward, and forward L + 1, with a twist by moments none of them through the decoder.
+Cost: one forward pass a token, none backward through the network. Decoder calls with L tokens: ``inner_steps`` for
+each of the L / ``every`` fits, forward and backward, and forward L + 2.
 """
 
 from dataclasses import dataclass, field, replace
@@ -40,6 +43,19 @@ from invdiff.samplers.twists import Twist, default_twist
 from invdiff.samplers.variational import Estimator, Fit, check_inner, estimate
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnchoredParticles(TwistedTokens):
+    """Weighted particles of tokens, with what the last fit said of them.
+
+    Parameters
+    ----------
+    tilt
+        Log q - log c of the last fit, (ensemble, particle, length, V).
+    """
+
+    tilt: Tensor
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class AnchoredSMC(Sampler):
@@ -48,7 +64,9 @@ class AnchoredSMC(Sampler):
     Parameters
     ----------
     inner_steps
-        Steps of Adam for each token.
+        Steps of Adam in a fit.
+    every
+        Tokens that a fit serves.
     lr
         Step of the logits, positive.
     kl
@@ -73,6 +91,7 @@ class AnchoredSMC(Sampler):
     """
 
     inner_steps: int = 10
+    every: int = 1
     lr: float = 0.5
     kl: float = 1.0
     estimator: Estimator = "soft"
@@ -90,6 +109,8 @@ class AnchoredSMC(Sampler):
 
     def __post_init__(self) -> None:
         check_inner(self.inner_steps, self.lr, self.kl)
+        if self.every < 1:
+            raise InputError(f"A fit serves at least one token, got every={self.every}.")
         check_threshold(self.threshold)
         if self.estimator not in ("hard", "soft", "entropy"):
             raise InputError(f"estimator is 'hard', 'soft' or 'entropy', got {self.estimator!r}.")
@@ -116,29 +137,33 @@ class AnchoredSMC(Sampler):
         """One pass a token."""
         return Cost(posterior.shape[0])
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TwistedTokens:
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnchoredParticles:
         """Every token masked; the weight is psi."""
         shape = (ensembles, n, *posterior.shape)
         z = torch.full(shape, posterior.mask_token, dtype=torch.int64, device=posterior.device)
         log_probs = posterior.log_probs(z)
         log_twist = self._twist(posterior).log_twist(posterior, log_probs)
-        return TwistedTokens.begin(z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist)
+        tilt = torch.zeros_like(log_probs, dtype=posterior.dtype)
+        return AnchoredParticles.begin(
+            z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist, tilt=tilt
+        )
 
-    def done(self, state: TwistedTokens) -> bool:
+    def done(self, state: AnchoredParticles) -> bool:
         """All tokens known."""
         return state.step >= state.z.shape[-1]
 
-    def progress(self, state: TwistedTokens) -> float:
+    def progress(self, state: AnchoredParticles) -> float:
         """Share of the tokens known."""
         return state.step / state.z.shape[-1]
 
-    def step(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> tuple[TwistedTokens, Info]:
+    def step(self, posterior: Posterior, state: AnchoredParticles, *, noise: Noise) -> tuple[AnchoredParticles, Info]:
         """Fit q, draw the token of one position from it, and weigh it."""
         e, n, length = state.z.shape
         u = noise.uniform(noise.slots, (2,)).reshape(e, n, 2)
         masked = state.z == posterior.mask_token
         c = state.log_probs
-        proposal = self._proposal(posterior, state.z, masked, c)
+        tilt = self._tilt(posterior, state.z, masked, c) if state.step % self.every == 0 else state.tilt
+        proposal = self._proposal(c, tilt)
         position = self._position(masked, proposal, u[..., 0])[..., None]
         own = position[..., None].expand(e, n, 1, posterior.vocabulary_size)
         q, c = proposal.gather(2, own)[:, :, 0], c.gather(2, own)[:, :, 0]
@@ -152,7 +177,7 @@ class AnchoredSMC(Sampler):
             log_twist = self._twist(posterior).log_twist(posterior, log_probs)
         ratio = (c.gather(2, token) - q.gather(2, token))[..., 0]
         increment = ratio + log_twist - state.log_twist
-        new = replace(state, z=z, step=state.step + 1, log_probs=log_probs, log_twist=log_twist).reweighted(
+        new = replace(state, z=z, step=state.step + 1, log_probs=log_probs, log_twist=log_twist, tilt=tilt).reweighted(
             alive(state, increment), f" at token {state.step + 1} of {length}: no particle has a likelihood above zero"
         )
         info = Info(sigma=1.0 - new.step / length, ess=new.ess)
@@ -160,7 +185,7 @@ class AnchoredSMC(Sampler):
             return new, replace(info, misfit=posterior.misfit(z))
         return new.resampled(self.resampling, noise, self.threshold), info
 
-    def finish(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+    def finish(self, posterior: Posterior, state: AnchoredParticles, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the complete sequences, their weights and the evidence."""
         return Draws(z=state.z, log_weights=state.log_weights, log_evidence=state.evidence)
 
@@ -169,11 +194,16 @@ class AnchoredSMC(Sampler):
     def _twist(self, posterior: Posterior) -> Twist:
         return default_twist(posterior) if self.twist is None else self.twist
 
-    def _proposal(self, posterior: Posterior, z: Tensor, masked: Tensor, log_c: Tensor) -> Tensor:
-        """Log q^, float64, (ensemble, particle, length, V)."""
+    def _tilt(self, posterior: Posterior, z: Tensor, masked: Tensor, log_c: Tensor) -> Tensor:
+        """Log q - log c of a fit, zero where a token is impossible, (ensemble, particle, length, V)."""
         c = log_c.to(posterior.dtype)
         fit = Fit(steps=self.inner_steps, lr=self.lr, kl=self.kl)
-        q = fit.run(posterior, c, c, z, masked, estimate(posterior.codebook, self.estimator)).double()
+        q = fit.run(posterior, c, c, z, masked, estimate(posterior.codebook, self.estimator))
+        return torch.where(torch.isneginf(c), 0.0, q - c)
+
+    def _proposal(self, log_c: Tensor, tilt: Tensor) -> Tensor:
+        """Log q^, float64, (ensemble, particle, length, V)."""
+        q = (log_c + tilt.double()).log_softmax(-1)
         return torch.logaddexp(q + log1p(-self.defence), log_c + log(self.defence))
 
     def _position(self, masked: Tensor, proposal: Tensor, u: Tensor) -> Tensor:
