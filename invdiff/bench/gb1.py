@@ -23,7 +23,7 @@ from torch import Tensor
 import invdiff
 from invdiff.bench.rounds import write
 from invdiff.diagnostics.discrete import DiscreteProblem, marginal_tv, measure_tokens
-from invdiff.errors import CatalogueError, InputError
+from invdiff.errors import CatalogueError, InputError, SamplingError
 from invdiff.likelihoods import Tabulated
 from invdiff.priors.enumerated import EnumeratedPosterior
 from invdiff.priors.product_mixture import ProductMixturePrior
@@ -126,7 +126,7 @@ def row(label: str, problem: DiscreteProblem, z: Tensor, fitness: Tensor) -> dic
         "marginal_tv": round(sum(marginal_tv(x, problem.exact) for x in z) / len(z), 4),
         "tv_floor": round(problem.floor(z.shape[1]), 4),
         "fitness": round(float(rewards.mean()), 4),
-        "distinct": round(sum(len(x.unique(dim=0)) for x in z) / len(z)),
+        "distinct": round(sum(len({tuple(t) for t in x.tolist()}) for x in z) / len(z)),
     }
 
 
@@ -140,15 +140,20 @@ def collect(fitness: Tensor, *, quick: bool) -> dict[str, Any]:
         truth = problem.exact.sample(seeds * 2000, seed=1).reshape(seeds, -1, SITES)
         rows += [row("prior", problem, before, fitness), row("exact draws", problem, truth, fitness)]
         for label, sampler, draws in runs(quick=quick):
-            solution = solve(
-                problem.problem,
-                problem.prior,
-                sampler,
-                draws=draws,
-                chains=seeds,
-                dtype=torch.float64,
-                micro_batch=4096,
-            )
+            try:
+                solution = solve(
+                    problem.problem,
+                    problem.prior,
+                    sampler,
+                    draws=draws,
+                    chains=seeds,
+                    dtype=torch.float64,
+                    micro_batch=4096,
+                )
+            except SamplingError as error:
+                rows.append({"problem": problem.name, "sampler": label, "draws": draws, "failed": str(error)})
+                print(json.dumps(rows[-1]), flush=True)
+                continue
             figures = measure_tokens(solution, problem)
             assert not isinstance(solution, list)
             assert solution.tokens is not None
@@ -193,13 +198,15 @@ def table(report: dict[str, Any], source: str) -> str:
     columns = ["sampler", "passes", "KL", "exact draws' KL", "TV", "mean fitness", "distinct", "evidence", "ratio"]
     for name in dict.fromkeys(r["problem"] for r in report["rows"]):
         text += ["", f"### {name}", "", "| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-        for r in (r for r in report["rows"] if r["problem"] == name):
+        for r in (r for r in report["rows"] if r["problem"] == name and "failed" not in r):
             evidence = f"{r['evidence_deviation']:.3f}" if "ratio" in r else ""
             ratio = f"{r['ratio']:.3f} ± {3 * r['ratio_se']:.3f}" if "ratio" in r else ""
             passes = f"{r['evaluations']:.0f}" if "evaluations" in r else ""
             cells = [r["sampler"], passes, f"{r['top_kl']:.3f}", f"{r['kl_floor']:.3f}", f"{r['marginal_tv']:.3f}"]
             cells += [f"{r['fitness']:.2f}", f"{r['distinct']} of {r['draws']}", evidence, ratio]
             text.append("| " + " | ".join(cells) + " |")
+        failed = [r for r in report["rows"] if r["problem"] == name and "failed" in r]
+        text += [f"\nFailed: {r['sampler']}. {r['failed']}" for r in failed]
     return "\n".join(text) + "\n"
 
 
