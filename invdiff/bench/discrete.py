@@ -68,10 +68,10 @@ def runs(name: str, *, quick: bool) -> list[tuple[str, Sampler, int]]:
         ("APS, anchors compete again", APS(sticky=False), 500),
         ("APS, no divergence", APS(kl=0.0), 500),
         ("G2D2", G2D2(), 500),
-        ("SGDD, 100 levels of 20 moves", SGDD(), 500),
-        ("SGDD, 400 levels of 20 moves", SGDD(steps=400), 500),
-        ("SVDD, one of 20", SVDD(), 4000),
-        ("SVDD, the best of 20", SVDD(alpha=0.0), 4000),
+        ("SGDD, 100 levels of 20 moves", SGDD(), 250),
+        ("SGDD, 400 levels of 20 moves", SGDD(steps=400), 100),
+        ("SVDD, one of 20", SVDD(), 1000),
+        ("SVDD, the best of 20", SVDD(alpha=0.0), 1000),
     ]
 
 
