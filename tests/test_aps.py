@@ -249,3 +249,20 @@ def test_settings_out_of_range_and_problems_that_cannot_be_done():
     for sampler in (APS(), G2D2()):
         with pytest.raises(CapabilityError, match="embedding_gradient"):
             Posterior(problem, chain(), dtype=F64).sample(sampler, 2)
+
+
+def test_a_fit_of_g2d2_starts_between_the_prior_and_the_fit_before_and_masks_at_random():
+    p, n = Posterior(dense(), chain(), dtype=F64), 200
+    sampler, noise = G2D2(steps=4, inner_steps=1, lr=1e-9, lr_decades=0.0, forget=0.4), Noise([2], n, dtype=F64)
+    first, _ = sampler.step(p, sampler.init(p, 1, n, noise=noise), noise=noise.at(1))
+    torch.testing.assert_close(first.logits, p.log_probs(torch.full((1, n, L), V)), atol=1e-6, rtol=0.0)
+    known = first.z[0] != V
+    assert bool((known.sum(1) == 1).all())
+    assert float((known.double().mean(0) - 1 / L).abs().max()) < 4 * (3 / 16 / n) ** 0.5  # any place as likely
+    second, _ = sampler.step(p, first, noise=noise.at(2))
+    c = p.log_probs(first.z)
+    start = (0.4 * c + 0.6 * first.logits).log_softmax(-1)
+    masked = first.z == V
+    torch.testing.assert_close(second.logits[masked], start[masked], atol=1e-6, rtol=0.0)
+    # A known token is held to the conditionals that it was drawn from, and may be drawn anew.
+    torch.testing.assert_close(second.logits[~masked], first.logits[~masked], atol=1e-6, rtol=0.0)

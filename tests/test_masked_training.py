@@ -295,3 +295,24 @@ def test_a_loss_that_is_not_finite_stops_the_training(
     )
     with pytest.raises(InputError, match="not finite at step 10"):
         run(settings, folder, tmp_path)
+
+
+def test_a_markov_chain_of_counts_is_the_baseline():
+    from invdiff.training.markov import baseline, markov_bits
+
+    generator = torch.Generator().manual_seed(0)
+    V, length = 3, 40
+    P = torch.softmax(1.5 * torch.randn(V, V, generator=generator, dtype=torch.float64), 1)
+    chain = MarkovChainPrior(torch.linalg.matrix_power(P, 200)[0], P, length)
+    train, validation, test = (chain.sample(n, seed=s) for n, s in ((3000, 1), (300, 2), (300, 3)))
+    found = baseline(train, validation, test, V)
+    assert found["order"] in (1, 2)
+    exact = -chain.log_prob(test) / (length * math.log(2.0))
+    assert found["bits_per_token"] == pytest.approx(float(exact.mean()), abs=0.01)
+    # By hand: counts plus one of single tokens, and of pairs from the second place on.
+    few = torch.tensor([[0, 1, 1], [1, 1, 2]])
+    first = markov_bits(few, torch.tensor([[0, 1, 2]]), 1, V)
+    counts = torch.tensor([1, 4, 2]) + 1.0  # of 0, 1, 2 among six tokens
+    by_hand = -math.log2(float(counts[0]) / 9)
+    by_hand += -math.log2(2 / 4) - math.log2(2 / 6)  # pairs 01: 1 + 1 of 1 + 3; 12: 1 + 1 of 3 + 3
+    assert float(first) == pytest.approx(by_hand / 3)

@@ -106,11 +106,11 @@ def runs(*, quick: bool) -> list[tuple[str, Sampler, int]]:
         ("AnchoredSMC", AnchoredSMC(), 2000),
         ("MaskedGibbs", MaskedGibbs(steps=400, blocks=(1, 1, 2, 4)), 1000),
         ("SGDD", SGDD(steps=100), 500),
-        ("SVDD, one of 20", SVDD(), 2000),
-        ("SVDD, the best of 20", SVDD(alpha=0.0), 2000),
-        ("APS", APS(steps=SITES), 2000),
-        ("APS, no divergence", APS(steps=SITES, kl=0.0), 2000),
-        ("G2D2", G2D2(steps=10), 2000),
+        ("SVDD, one of 20", SVDD(), 1000),
+        ("SVDD, the best of 20", SVDD(alpha=0.0), 1000),
+        ("APS", APS(steps=SITES), 500),
+        ("APS, no divergence", APS(steps=SITES, kl=0.0), 500),
+        ("G2D2", G2D2(steps=10), 500),
     ]
 
 

@@ -23,7 +23,7 @@ from invdiff.networks.tokenizer import Tokenizer
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator
 from invdiff.operators.composition import Scale
-from invdiff.priors.masked import check_tokens, known_tokens
+from invdiff.priors.masked import check_tokens
 from invdiff.priors.unmasking import unmask
 
 
@@ -117,7 +117,7 @@ class MaskedNetworkPrior(nn.Module):
         check_tokens(tokens, self.length, self.mask_token, self.name)
         # Logits in half precision would draw as from a lower temperature.
         found = torch.log_softmax(self.network(tokens).float(), dim=-1)
-        known = known_tokens(tokens, self.vocabulary_size).to(found.dtype)
+        known = torch.full_like(found, -torch.inf).scatter_(2, tokens.clamp_max(self.mask_token - 1)[..., None], 0.0)
         return torch.where((tokens == self.mask_token)[..., None], found, known)
 
     def decode_embedding(self, embedding: Float[Tensor, "n length c"]) -> Tensor:

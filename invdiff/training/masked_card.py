@@ -1,18 +1,25 @@
 """The model card and the picture of draws of a trained masked prior, from its card, settings and report.json.
 
-python -m invdiff.training.masked_card priors/fashion-28-vq
+    python -m invdiff.training.masked_card priors/fashion-28-vq [--data FOLDER]
+
+With the data, of sequences of symbols the baseline of `markov` is measured too, and kept in report.json.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from invdiff.priors.masked_loading import MaskedCard, load_masked_prior, read_masked_card
 from invdiff.priors.masked_network import MaskedNetworkPrior
+from invdiff.training.markov import baseline
 from invdiff.training.masked_settings import MaskedSettings
 from invdiff.training.model_card import filled, table
+from invdiff.training.sequences import training_sequences
 from invdiff.training.settings import read_settings_as
 
 DRAWS = (5, 8)
@@ -66,6 +73,17 @@ def _bound(report: Mapping[str, Any]) -> str:
         for split, b in report["bound"].items()
     ]
     return table(["split", "sequences", "bits a token"], rows)
+
+
+def _baseline(report: Mapping[str, Any]) -> str:
+    """Say what is known without a network."""
+    if "markov" not in report:
+        return "2 bits is no knowledge"
+    m = report["markov"]
+    return (
+        f"2 bits is no knowledge, and a Markov chain of order {m['order']}, the best of its kind, a table of counts, "
+        f"has {m['bits_per_token']:.4f} ± {m['bits_per_token_se']:.4f}: the network knows little more than that"
+    )
 
 
 def masked_model_card(card: MaskedCard, train: MaskedSettings, report: Mapping[str, Any]) -> str:
@@ -125,7 +143,7 @@ Unconditional draws, none chosen, in as many steps as tokens:
     unit = (
         "pixel value of test pictures, of the tokens alone: what the tokenizer leaves out is not counted"
         if pictures
-        else "nucleotide of test sequences; 2 bits is no knowledge"
+        else f"nucleotide of test sequences; {_baseline(report)}"
     )
     return filled(f"""# {card.name}
 
@@ -169,9 +187,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Write README.md and samples.png into a prior's folder."""
     parser = argparse.ArgumentParser(prog="invdiff.training.masked_card", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args(arguments).folder
+    parser.add_argument("--data", type=Path, help="folder of the data")
+    options = parser.parse_args(arguments)
+    folder: Path = options.folder
     card, train = read_masked_card(folder / "prior.toml"), read_settings_as(MaskedSettings, folder / "train.toml")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if options.data is not None and not card.tokenizer:
+        found = training_sequences(train, options.data, None, torch.device("cpu"))
+        learnt, tuned, judged = (found.held_out(split, sys.maxsize) for split in ("train", "validation", "test"))
+        report["markov"] = baseline(learnt, tuned, judged, len(card.alphabet))
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if card.tokenizer:
         draws_picture(load_masked_prior(folder, card), folder / "samples.png")
     (folder / "README.md").write_text(masked_model_card(card, train, report), encoding="utf-8")

@@ -32,7 +32,7 @@ class Sequences(Protocol):
         ...
 
     def held_out(self, split: str, count: int) -> Int[Tensor, "n length"]:
-        """Give the first sequences of the split "validation" or "test", of each data set."""
+        """Give the first sequences of the split "validation" or "test", of each data set; symbols have "train" too."""
         ...
 
 
