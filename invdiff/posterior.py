@@ -270,7 +270,8 @@ class Posterior:
     def capabilities(self) -> frozenset[str]:
         """What samplers may rely on.
 
-        Of likelihood_gradient, denoiser, denoiser_vjp, curvature, gaussian, linear, svd, masked, embedding_gradient.
+        Of likelihood_gradient, denoiser, denoiser_vjp, curvature, gaussian, linear, svd, masked, embedding_gradient,
+        embedding_linear.
         """
         found = set()
         # A likelihood's operators, and those that they are made of, are its modules.
@@ -283,6 +284,8 @@ class Posterior:
             found |= {"denoiser"} | ({"denoiser_vjp"} if getattr(self.prior, "differentiable", True) else set())
         if self._tokens is not None:
             found.add("masked")
+            if self._vector_linear is not None:
+                found.add("embedding_linear")
         if self.curvature is not None:
             found.add("curvature")
         if self._linear is not None:

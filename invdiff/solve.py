@@ -20,6 +20,8 @@ from invdiff.solution import Solution
 
 PARTICLES, MEASURED = 256, 64
 """Fewest draws, and most measured values (and unknowns, if not linear), for which weighted particles are chosen."""
+CANDIDATES, FITS = 1024, 16
+"""Most tokens times kinds of token of which every candidate is weighed, and fits to the measurement where not."""
 
 
 def sampler_classes() -> dict[str, type[Sampler]]:
@@ -79,7 +81,17 @@ def choose_sampler(posterior: Posterior, draws: int) -> tuple[Sampler, str]:
     """
     can = posterior.capabilities
     if "masked" in can:
-        return samplers.TwistedSMC(), "masked prior: weighted particles of tokens, exact in the limit, with evidence"
+        (length,), kinds = posterior.shape, posterior.vocabulary_size
+        if length * kinds <= CANDIDATES:
+            return (
+                samplers.TwistedSMC(),
+                "masked prior: weighted particles of tokens, exact in the limit, with evidence",
+            )
+        many = f"masked prior of {length} tokens of {kinds} kinds, too many to weigh every candidate"
+        if "embedding_gradient" in can:
+            fitted = samplers.AnchoredSMC(every=max(1, length // FITS))
+            return fitted, f"{many}: particles proposed by gradients and weighed, exact in the limit, with evidence"
+        return samplers.MaskedGibbs(), f"{many}, and no gradient: walkers, exact as moves grow"
     measured = posterior.measurements
     if draws >= PARTICLES and measured <= MEASURED:
         carried = f"{measured} measured values, which {draws} weighted particles can carry"

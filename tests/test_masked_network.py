@@ -9,10 +9,14 @@ import invdiff
 from invdiff.errors import CapabilityError, ChecksumError, InputError, ShapeError
 from invdiff.networks import MaskedTransformer, Tokenizer
 from invdiff.noise import Noise, stream_key
+from invdiff.posterior import Posterior
 from invdiff.priors.loading import load_prior
 from invdiff.priors.masked_loading import MaskedCard, make_masked_prior, read_masked_card, save_masked_prior
 from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.priors.unmasking import expected_evaluations, unmask
+from invdiff.samplers import MomentMatched, PlugIn
+from invdiff.samplers.twists import default_twist
+from invdiff.solve import choose_sampler
 
 NETWORK = {"axes": [4, 4], "vocabulary_size": 6, "width": 16, "depth": 2, "heads": 2}
 TOKENIZER = {
@@ -228,6 +232,28 @@ def test_first_weights_leave_the_global_generator_alone():
     before = torch.get_rng_state()
     make_masked_prior(CARD)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_solve_weighs_every_candidate_only_where_they_are_few():
+    prior = pictures()
+    problem = invdiff.Problem.simulate(
+        invdiff.operators.Scale((1, 8, 8)), prior.decode(prior.sample(1, seed=1))[0], noise_std=0.1, seed=0
+    )
+    posterior = Posterior(problem, prior)
+    assert type(choose_sampler(posterior, 8)[0]) is invdiff.samplers.TwistedSMC  # 16 tokens of 6 kinds
+    assert isinstance(default_twist(posterior), MomentMatched)  # 64 measured values
+    shipped = invdiff.load_prior("fashion-28-vq")
+    x = shipped.decode(shipped.sample(1, seed=1, steps=4))[0]
+    problem = invdiff.Problem.simulate(invdiff.operators.Scale((1, 28, 28)), x, noise_std=0.1, seed=0)
+    posterior = Posterior(problem, shipped)
+    sampler, reason = choose_sampler(posterior, 8)
+    assert sampler == invdiff.samplers.AnchoredSMC(every=3)
+    assert "49 tokens of 256 kinds" in reason
+    assert isinstance(default_twist(posterior), PlugIn)  # a derivative for each of 784 values would be too dear
+    solution = invdiff.solve(problem, shipped, draws=4, seed=0)
+    assert solution.about["sampler"] == "AnchoredSMC"
+    assert solution.score(x)["psnr_mean"] > 15.0
+    assert solution.log_evidence is not None
 
 
 def test_a_continuous_sampler_on_tokens_is_refused():

@@ -16,7 +16,7 @@ from torch import Tensor
 from invdiff.errors import CapabilityError, InputError
 from invdiff.posterior import Posterior, TokenBlock
 
-_MEASURED = 2048
+_MEASURED, _DIFFERENTIATED = 2048, 64
 
 
 class Twist(ABC):
@@ -125,5 +125,10 @@ class PlugIn(Twist):
 
 
 def default_twist(posterior: Posterior) -> Twist:
-    """MomentMatched() for Gaussian noise with a gradient, else PlugIn()."""
-    return MomentMatched() if MomentMatched().requires() <= posterior.capabilities else PlugIn()
+    """MomentMatched() for Gaussian noise with a gradient, where its covariance is cheap, else PlugIn().
+
+    Where the way from vectors to the measurement is not linear, it takes a derivative for each measured value.
+    """
+    can, measured = posterior.capabilities, posterior.measurements
+    cheap = measured <= (_MEASURED if "embedding_linear" in can else _DIFFERENTIATED)
+    return MomentMatched() if MomentMatched().requires() <= can and cheap else PlugIn()
