@@ -123,8 +123,8 @@ class G2D2(Sampler):
         c = posterior.log_probs(state.z).to(posterior.dtype)
         log_c = torch.where(masked[..., None], c, state.log_c)
         f = self.forget if state.step else 1.0
-        before = torch.where(torch.isneginf(log_c), 0.0, state.logits)  # what was impossible may no longer be
-        start = (f * log_c + (1.0 - f) * before.clamp_min(_LEAST)).log_softmax(-1)
+        mixed = f * log_c + (1.0 - f) * state.logits.clamp_min(_LEAST)
+        start = torch.where(torch.isneginf(log_c), log_c, mixed).log_softmax(-1)  # with f = 0, 0 times infinity
         s = 0.5 - (state.step / (self.steps - 1) if self.steps > 1 else 0.5)
         fit = Fit(
             steps=self.inner_steps,
