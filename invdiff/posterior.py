@@ -99,6 +99,8 @@ class TokenBlock:
     responses
         What each token at each position adds to the noise-free measurement, (length, V, measured), float64, where the
         problem is linear, else None.
+    evaluations
+        The posterior's counts, to which a function adds the rows that it takes backward through ``decode``.
     """
 
     probs: Tensor
@@ -107,6 +109,7 @@ class TokenBlock:
     likelihood: Likelihood
     linear: LinearGaussian | None
     responses: Tensor | None
+    evaluations: Evaluations
 
     @property
     def gaussian(self) -> Gaussian:
@@ -377,6 +380,7 @@ class Posterior:
                     likelihood=self._likelihood.rows(rows[s]),
                     linear=None if self._vector_linear is None else self._vector_linear.rows(rows[s]),
                     responses=self._token_responses(),
+                    evaluations=self.evaluations,
                 )
             )
             for s in self._chunks(len(flat))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_aps import F64, L, V, chain, dense
+from test_aps import F64, Bent, C, L, V, chain, dense
 from torch import Tensor
 
 from invdiff.diagnostics.discrete import PROBLEMS, chain_8, measure_tokens
@@ -86,6 +86,26 @@ def test_cost_is_what_is_counted():
     assert p.evaluations.likelihood == 6 * (2 * 5 + L + 2)
     with pytest.raises(CapabilityError, match="cost_on"):
         sampler.cost()
+
+
+def test_backward_passes_of_a_twist_through_a_decoder_are_counted():
+    detokeniser, n, M = Bent((L, C), (L, C)), 6, 5
+    p = Posterior(dense(), chain(detokeniser), dtype=F64, micro_batch=4)
+    rows, decode = [], p._from_vectors
+
+    def hooked(e: Tensor) -> Tensor:
+        x = decode(e)
+        if x.requires_grad:
+            x.register_hook(lambda g: rows.append(len(g)))
+        return x
+
+    p._from_vectors = hooked
+    p.sample(AnchoredSMC(inner_steps=M), n)
+    # Fits, and two measured values for each of L twists by moments.
+    assert sum(rows) == p.evaluations.likelihood_grad == n * (L * M + L * 2)
+    plain = Posterior(dense(), chain(detokeniser), dtype=F64)
+    plain.sample(AnchoredSMC(inner_steps=M, twist=PlugIn()), n)
+    assert plain.evaluations.likelihood_grad == n * L * M
 
 
 def test_settings_out_of_range_and_likelihoods_that_nothing_meets():

@@ -45,7 +45,8 @@ class MomentMatched(Twist):
 
         psi = N(y; H m, R + k H blockdiag(V_i) H^T),   k = inflation.
 
-    Where the map is not linear, H is its derivative at m and H m its value there.
+    Where the map is not linear, H is its derivative at m and H m its value there: a backward pass through the decoder
+    for every measured value of every row, counted as such.
 
     Parameters
     ----------
@@ -101,6 +102,7 @@ def _linearised(block: TokenBlock, m: Tensor) -> tuple[Tensor, Tensor]:
         leaf = m.detach().requires_grad_()
         out = block.gaussian.operator(block.decode(leaf)).flatten(1)
         rows = [torch.autograd.grad(out[:, a].sum(), leaf, retain_graph=True)[0] for a in range(out.shape[1])]
+    block.evaluations.likelihood_grad += out.numel()
     return out.detach().double(), torch.stack(rows, 1).double()
 
 
