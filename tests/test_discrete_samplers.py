@@ -357,7 +357,11 @@ def test_the_benchmark_writes_its_file_and_a_table_from_it(tmp_path):
     report = bench.collect(quick=True, only=["parity-8"])
     again = bench.update(report, bench.collect(quick=True, only=["product-mixture-sums"]))
     assert list(again["about"]) == ["product-mixture-sums", "parity-8"]
-    assert [r["problem"] for r in again["falls"]] == ["product-mixture-sums", "parity-8"]
+    held = [(r["problem"], r["sampler"]) for r in again["falls"]]
+    of = ("TwistedSMC", "AnchoredSMC")
+    assert held == [(name, sampler) for name in ("product-mixture-sums", "parity-8") for sampler in of]
+    tv = {r["draws"]: r["marginal_tv"] for r in again["rows"] if r["sampler"] == of[1] and r["problem"] == "parity-8"}
+    assert again["falls"][-1]["fall"] == round(tv[200] / tv[100], 3)
     walkers = next(r for r in again["rows"] if r["sampler"] == "MaskedGibbs" and r["problem"] == "parity-8")
     assert walkers["outside"] == ["marginal_tv"]  # 20 moves of 50 walkers
     assert {r["sampler"] for r in again["rows"] if not r["bounds"]} == {"exact draws", "APS", "G2D2", "SGDD", "SVDD"}
