@@ -22,7 +22,8 @@ vocabulary is large, as that of a tokenizer, one fit a step is what can be paid.
 enumerated: the page on discrete problems, made by `invdiff.bench.discrete`.
 
 Cost: one forward pass a token, none backward through the network. Decoder calls with L tokens: ``inner_steps`` for
-each of the L / ``every`` fits, forward and backward, and forward L + 2.
+each of the L / ``every`` fits, forward and backward, and forward L + 2. A twist by moments takes as many backward as
+there are measured values, for each of L twists, where the decoder is not linear.
 """
 
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,8 @@ class AnchoredSMC(Sampler):
     order
         "confident": the position of which the proposal is most certain is next; "random": a uniform one.
     twist
-        MomentMatched() or PlugIn(); if None, MomentMatched() for Gaussian noise with a gradient, else PlugIn().
+        MomentMatched() or PlugIn(); if None, MomentMatched() for Gaussian noise with a gradient where its covariance is
+        cheap, else PlugIn().
     resampling
         Systematic(), Stratified(), Residual() or BirthDeath().
     threshold
