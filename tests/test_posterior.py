@@ -487,9 +487,9 @@ RUNS = {
     "twisted-smc-before": (samplers.TwistedSMC(lookahead=False, order="entropy"), token_prior),
     "masked-gibbs": (samplers.MaskedGibbs(steps=6), token_prior),
     "anchored-smc": (samplers.AnchoredSMC(inner_steps=3, threshold=1.0), token_prior),
-    "aps": (samplers.APS(steps=3, inner_steps=3), token_prior),
-    "aps-competing": (samplers.APS(steps=3, inner_steps=3, sticky=False, estimator="entropy"), token_prior),
-    "g2d2": (samplers.G2D2(steps=3, inner_steps=7), token_prior),
+    "aps": (samplers.APS(steps=6, inner_steps=3), token_prior),
+    "aps-competing": (samplers.APS(steps=6, inner_steps=3, sticky=False, estimator="entropy"), token_prior),
+    "g2d2": (samplers.G2D2(steps=6, inner_steps=7), token_prior),
     "sgdd": (samplers.SGDD(steps=3, mh_steps=4), token_prior),
     "svdd": (samplers.SVDD(candidates=3), token_prior),
 }
