@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from invdiff.bench import gb1
-from invdiff.errors import CapabilityError, CatalogueError, InputError
+from invdiff.errors import CapabilityError, CatalogueError, InputError, ShapeError
 from invdiff.likelihoods import Tabulated
 from invdiff.posterior import Posterior
 from invdiff.priors import ProductMixturePrior
@@ -52,6 +52,25 @@ def test_rows_in_parts_are_rows_together(monkeypatch):
     whole = Tabulated(table()).log_prob(x)
     monkeypatch.setattr("invdiff.likelihoods.tabulated._CHUNK", 2 * V**2)
     torch.testing.assert_close(Tabulated(table()).log_prob(x), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_what_is_improbable_is_not_impossible(dtype):
+    t = torch.tensor([[0.0, -120.0], [-2000.0, -torch.inf]], dtype=F64)  # exp of the second is no float32, the third no
+    tokens = torch.cartesian_prod(torch.arange(2), torch.arange(2))  # float64
+    x = torch.nn.functional.one_hot(tokens, 2).to(dtype)
+    assert Tabulated(t).log_prob(x).tolist() == t.flatten().tolist()
+    laws = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.5, 0.5]]], dtype=dtype)
+    value, grad = Tabulated(t).log_prob_and_grad(laws)
+    assert value.dtype == grad.dtype == dtype
+    assert value.tolist() == pytest.approx([-120.0, math.log(0.5)], rel=1e-6)
+    assert bool(torch.isfinite(grad[1]).all())
+
+
+def test_vectors_of_other_sequences_are_refused():
+    for wrong in (torch.zeros(2, L + 1, V), torch.zeros(2, L, V - 1), torch.zeros(L, V)):
+        with pytest.raises(ShapeError, match=r"\(n, 3, 4\)"):
+            Tabulated(table()).log_prob(wrong)
 
 
 def test_tables_that_are_none():

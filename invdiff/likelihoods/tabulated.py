@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from invdiff.errors import CapabilityError, InputError
+from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.likelihoods.base import Likelihood
 
 _CHUNK = 2**24  # values of one intermediate tensor
@@ -22,7 +22,9 @@ class Tabulated(Likelihood):
         log p(y | x) = log sum_v x_1(v_1) ... x_L(v_L) exp table[v_1, ..., v_L],
 
     where x_i is a law of token i: the expectation under independent tokens, which makes a plugged-in mean an exact
-    guess of the likelihood of incomplete sequences, and which has a gradient.
+    guess of the likelihood of incomplete sequences, and which has a gradient. The sum is taken in float64, whatever x
+    is: terms that are less than e^-745 of the best sequence's likelihood count as zero in it. At one-hot vectors the
+    table itself is read, without that bound.
 
     Parameters
     ----------
@@ -36,7 +38,7 @@ class Tabulated(Likelihood):
         If it has axes of different lengths, holds NaN or plus infinity, or nothing but minus infinity.
     """
 
-    weights: Tensor
+    table: Tensor
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class Tabulated(Likelihood):
             raise InputError("A table holds log-likelihoods, finite or minus infinity, and one finite at least.")
         self.largest = float(largest)
         self.in_shape = (table.ndim, len(table))
-        self.register_buffer("weights", torch.exp(table.detach().double() - self.largest))
+        self.register_buffer("table", table.detach().double().clone())
 
     @property
     def problems(self) -> int:
@@ -60,19 +62,28 @@ class Tabulated(Likelihood):
         return 1
 
     def log_prob(self, x: Tensor) -> Float[Tensor, " n"]:
-        """Log-likelihood at one-hot vectors, or laws, x (n, length, V)."""
+        """Log-likelihood at one-hot vectors, or laws, x (n, length, V).
+
+        Raises
+        ------
+        ShapeError
+            If x has another shape.
+        """
         length, V = self.in_shape
+        if tuple(x.shape[1:]) != self.in_shape:
+            raise ShapeError(f"The table takes one-hot vectors (n, {length}, {V}), got {tuple(x.shape)}.")
         tokens = x.argmax(-1)
         if not x.requires_grad and torch.equal(torch.nn.functional.one_hot(tokens, V).to(x.dtype), x):
-            return self.weights[tuple(tokens.mT)].to(x.dtype).log() + self.largest
+            return self.table[tuple(tokens.mT)].to(x.dtype)
+        weights = torch.exp(self.table.double() - self.largest).reshape(V, -1)
         rows = max(1, _CHUNK // V ** (length - 1))
         parts = []
-        for part in torch.split(x, rows):
-            found = part[:, 0] @ self.weights.to(x.dtype).reshape(V, -1)
+        for part in torch.split(x.double(), rows):
+            found = part[:, 0] @ weights
             for i in range(1, length):
                 found = torch.einsum("nv,nvr->nr", part[:, i], found.reshape(len(part), V, -1))
             parts.append(found.reshape(len(part)))
-        return torch.cat(parts).log() + self.largest
+        return (torch.cat(parts).log() + self.largest).to(x.dtype)
 
     def deviance(self, x: Tensor) -> Float[Tensor, " n"]:
         """Twice the log-likelihood lost against the best sequence."""
