@@ -38,7 +38,7 @@ from invdiff.errors import InputError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.samplers.annealing import check_steps
-from invdiff.samplers.variational import Estimator, Fit, check_inner, estimate, kept
+from invdiff.samplers.variational import Estimator, Fit, check_inner, estimate, final_misfit, kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,9 @@ class APS(Sampler):
         z = torch.where(rank < number, z, posterior.mask_token)
         new = AnchoredTokens(z=z, logits=logits, log_c=log_c, step=state.step + 1)
         last = self.done(new)
-        return new, Info(sigma=1.0 - new.step / self.steps, misfit=posterior.misfit(z) if last else None)
+        return new, Info(
+            sigma=1.0 - new.step / self.steps, misfit=final_misfit(posterior, z, noise.shard) if last else None
+        )
 
     def finish(self, posterior: Posterior, state: AnchoredTokens, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the anchors, now all tokens."""

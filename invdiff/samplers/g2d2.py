@@ -34,7 +34,7 @@ from invdiff.noise import Noise
 from invdiff.posterior import Posterior
 from invdiff.samplers.annealing import check_steps
 from invdiff.samplers.aps import AnchoredTokens
-from invdiff.samplers.variational import Fit, check_inner, gumbel, kept
+from invdiff.samplers.variational import Fit, check_inner, final_misfit, gumbel, kept
 
 
 @final
@@ -141,7 +141,10 @@ class G2D2(Sampler):
         rank = u[:, :, 1].argsort(-1).argsort(-1)
         z = torch.where(rank < kept("linear", state.step, self.steps, length), z, posterior.mask_token)
         new = AnchoredTokens(z=z, logits=logits, log_c=log_c, step=state.step + 1)
-        return new, Info(sigma=1.0 - new.step / self.steps, misfit=posterior.misfit(z) if self.done(new) else None)
+        return new, Info(
+            sigma=1.0 - new.step / self.steps,
+            misfit=final_misfit(posterior, z, noise.shard) if self.done(new) else None,
+        )
 
     def finish(self, posterior: Posterior, state: AnchoredTokens, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the last draw."""

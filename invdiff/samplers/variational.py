@@ -21,8 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from invdiff.errors import InputError
+from invdiff.errors import InputError, SamplingError
 from invdiff.noise import Noise
+from invdiff.parallel import Shard
 from invdiff.posterior import Posterior
 
 Estimator = Literal["hard", "soft", "entropy"]
@@ -129,7 +130,9 @@ class Fit:
         first, second = torch.zeros_like(phi), torch.zeros_like(phi)
         for t in range(1, self.steps + 1):
             w, vectors = point(phi)
-            _, g = posterior.embedding_log_likelihood_and_grad(torch.where(free[..., None], vectors, known))
+            value, g = posterior.embedding_log_likelihood_and_grad(torch.where(free[..., None], vectors, known))
+            # Where the likelihood is zero its logarithm has no slope that could be followed: the prior alone leads on.
+            g = torch.where(torch.isneginf(value)[..., None, None], 0.0, g)
             gain = g @ E.mT  # of log p along each token's vector
             loss_grad = -self.sharpness * w * (gain - (w * gain).sum(-1, keepdim=True))
             if self.kl > 0.0:
@@ -154,6 +157,26 @@ class Fit:
             (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
         )  # share of the variance of v^-1/2 that t steps have left
         return self.lr * r * m / (v + _EPSILON)
+
+
+def final_misfit(posterior: Posterior, z: Tensor, shard: Shard) -> float:
+    """Reduced misfit of this process's complete sequences (ensemble, particle, length), one decoder call each.
+
+    Raises
+    ------
+    SamplingError
+        If no draw of an ensemble has a likelihood above zero. Some may have none: the samplers here are biased.
+    """
+    deviance = posterior.deviance(z)
+    every = shard.gather(deviance)
+    nowhere = torch.isposinf(every).all(-1)
+    if bool(nowhere.any()):
+        e = int(nowhere.nonzero()[0])
+        raise SamplingError(
+            f"None of the {every.shape[1]} draws of ensemble {e} has a likelihood above zero. Take more draws or "
+            "TwistedSMC, or check that the measurement fits the prior."
+        )
+    return float(deviance.mean()) / posterior.measurements
 
 
 def kept(schedule: Literal["cosine", "linear"], step: int, steps: int, length: int) -> int:
