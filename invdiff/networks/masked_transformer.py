@@ -92,11 +92,18 @@ class MaskedTransformer(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n length vocabulary"]:
         """Logits at every position, known ones too, where they mean nothing."""
-        place = torch.zeros((), device=tokens.device)
+        return self._logits(self.embedding(tokens))
+
+    def mixed(self, weights: Float[Tensor, "n length kinds"]) -> Float[Tensor, "n length vocabulary"]:
+        """Logits of positions that hold mixtures of the V tokens and the mask, so that a gradient finds its way."""
+        return self._logits(weights @ self.embedding.weight)
+
+    def _logits(self, vectors: Tensor) -> Tensor:
+        place = torch.zeros((), device=vectors.device)
         for axis, table in enumerate(self.positions):
             later = len(self.axes) - 1 - axis
             place = place + table.reshape(*table.shape[:1], *[1] * later, table.shape[1])
-        h = self.embedding(tokens) + place.reshape(self.length, -1)
+        h = vectors + place.reshape(self.length, -1)
         for layer in self.layers:
             h = layer(h)
         logits: Tensor = self.head(self.norm(h))
