@@ -1,14 +1,19 @@
 """A likelihood that is a table, and the benchmark on protein variants that is made of it."""
 
+import hashlib
+import itertools
 import json
 import lzma
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from invdiff.bench import gb1
 from invdiff.errors import CapabilityError, CatalogueError, InputError, ShapeError
+from invdiff.images.data_sets import load_data_card
 from invdiff.likelihoods import Tabulated
 from invdiff.posterior import Posterior
 from invdiff.priors import ProductMixturePrior
@@ -146,7 +151,45 @@ def test_a_short_run_writes_its_file_and_table(tmp_path, monkeypatch):
     report = json.loads(out.read_text())
     assert [r["sampler"] for r in report["rows"]][:3] == ["prior", "exact draws", "TwistedSMC, no lookahead"]
     assert report["rows"][2]["evidence_deviation"] < 1e-6
+    assert "Failed: APS. None of the 20 draws" in page.read_text()  # of 160 000 variants four are possible
+    write_variants(tmp_path, [("".join(v), 0.1 * i) for i, v in enumerate(itertools.product("ACDEGLRSTV", repeat=4))])
+    gb1.main(["--data", str(tmp_path), "--out", str(out), "--table", str(page), "--quick"])
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["impossible"] > 0.0 for r in rows] == [True, False, False, True]  # the prior, exact draws, exact, APS
     assert "| APS | 2 |" in page.read_text()
+
+
+def test_draws_that_were_never_measured_are_counted():
+    fitness = torch.full((20,) * 4, 2.0, dtype=F64)
+    fitness[0, 0, 0, 0] = torch.nan
+    problem = gb1.case(fitness, 1.0)
+    z = torch.tensor([[[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0]]])
+    found = gb1.row("four", problem, z, fitness)
+    assert (found["impossible"], found["fitness"]) == (0.25, 1.5)
+
+
+DATA = os.environ.get("INVDIFF_DATA", "")
+
+
+@pytest.mark.skipif(
+    not DATA or not (Path(DATA) / gb1.FILE).is_file(), reason=f"INVDIFF_DATA names no folder with {gb1.FILE}"
+)
+def test_the_landscape_is_that_of_the_card():
+    card = load_data_card("gb1")
+    (file,) = card.files
+    assert hashlib.sha256((Path(DATA) / file.name).read_bytes()).hexdigest() == file.sha256
+    fitness = gb1.read_fitness(Path(DATA))
+    assert int((~fitness.isnan()).sum()) == file.count == 149_361
+    wild = [gb1.ALPHABET.index(a) for a in "VDGV"]  # V39, D40, G41, V54
+    assert float(fitness[tuple(wild)]) == 1.0
+    assert float(fitness.nan_to_num().min()) == 0.0
+    case = gb1.case(fitness, 0.5)
+    p = case.exact.log_probs.exp()
+    assert float(p.sum()) == pytest.approx(1.0)
+    assert float(p[fitness.flatten().isnan()].sum()) == 0.0
+    prior = gb1.nnk().log()[case.exact.states].sum(1)
+    tilted = torch.where(fitness.flatten().isnan(), -torch.inf, prior + fitness.flatten() / 0.5)
+    torch.testing.assert_close(case.exact.log_probs, tilted.log_softmax(0))
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path):

@@ -115,8 +115,10 @@ def runs(*, quick: bool) -> list[tuple[str, Sampler, int]]:
 
 
 def row(label: str, problem: DiscreteProblem, z: Tensor, fitness: Tensor) -> dict[str, Any]:
-    """Figures of draws (chains, draws, 4)."""
-    rewards = fitness[tuple(z.flatten(0, 1).mT)].nan_to_num()
+    """Figures of draws (chains, draws, 4); variants that were not measured count as fitness 0."""
+    rewards = fitness[tuple(z.flatten(0, 1).mT)]
+    impossible = torch.isnan(rewards)
+    rewards = rewards.nan_to_num()
     return {
         "problem": problem.name,
         "sampler": label,
@@ -126,6 +128,7 @@ def row(label: str, problem: DiscreteProblem, z: Tensor, fitness: Tensor) -> dic
         "marginal_tv": round(sum(marginal_tv(x, problem.exact) for x in z) / len(z), 4),
         "tv_floor": round(problem.floor(z.shape[1]), 4),
         "fitness": round(float(rewards.mean()), 4),
+        "impossible": round(float(impossible.double().mean()), 5),
         "distinct": round(sum(len({tuple(t) for t in x.tolist()}) for x in z) / len(z)),
     }
 
@@ -191,11 +194,23 @@ def table(report: dict[str, Any], source: str) -> str:
         f"{report['measured']} measured variants, {report['chains']} runs of each sampler, means over them; "
         f"{report['device']}, float64; {versions}. KL: of the draws from the truth, nats, in {report['top']} cells of "
         "the truth's most probable variants and one for the rest, and about what as many exact draws have. TV: of one "
-        "site's amino acid, mean over sites. Evidence: mean deviation of its log, nats, and mean ratio to the exact "
-        "one with three standard errors. Passes: evaluations of the prior a draw."
+        "site's amino acid, mean over sites. Impossible: share of draws that were not measured, which have probability "
+        "zero; they count as fitness 0, and among the rest. Evidence: mean deviation of its log, nats, and mean ratio "
+        "to the exact one with three standard errors. Passes: evaluations of the prior a draw."
     )
     text = [f"Made from `{source}` by `python -m invdiff.bench.gb1`; not edited by hand.", "", about]
-    columns = ["sampler", "passes", "KL", "exact draws' KL", "TV", "mean fitness", "distinct", "evidence", "ratio"]
+    columns = [
+        "sampler",
+        "passes",
+        "KL",
+        "exact draws' KL",
+        "TV",
+        "mean fitness",
+        "impossible",
+        "distinct",
+        "evidence",
+        "ratio",
+    ]
     for name in dict.fromkeys(r["problem"] for r in report["rows"]):
         text += ["", f"### {name}", "", "| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
         for r in (r for r in report["rows"] if r["problem"] == name and "failed" not in r):
@@ -203,7 +218,8 @@ def table(report: dict[str, Any], source: str) -> str:
             ratio = f"{r['ratio']:.3f} ± {3 * r['ratio_se']:.3f}" if "ratio" in r else ""
             passes = f"{r['evaluations']:.0f}" if "evaluations" in r else ""
             cells = [r["sampler"], passes, f"{r['top_kl']:.3f}", f"{r['kl_floor']:.3f}", f"{r['marginal_tv']:.3f}"]
-            cells += [f"{r['fitness']:.2f}", f"{r['distinct']} of {r['draws']}", evidence, ratio]
+            impossible = f"{r['impossible']:.2%}" if "impossible" in r else ""
+            cells += [f"{r['fitness']:.2f}", impossible, f"{r['distinct']} of {r['draws']}", evidence, ratio]
             text.append("| " + " | ".join(cells) + " |")
         failed = [r for r in report["rows"] if r["problem"] == name and "failed" in r]
         text += [f"\nFailed: {r['sampler']}. {r['failed']}" for r in failed]
