@@ -96,7 +96,8 @@ def test_fashion_pictures_of_the_two_splits_are_different_ones(tmp_path):
 def test_every_sampler_of_tokens_takes_part():
     room = Room(calls=500, length=LENGTH, vocabulary_size=V)
     made = {type(c.make(room, **_settings(c, 0))) for c in CONTENDERS}
-    assert made == {c for c in sampler_classes().values() if "masked" in c().requires()}
+    learns = {samplers.AmortisedSMC}  # anew for every picture, which no budget of decoder calls has room for
+    assert made == {c for c in sampler_classes().values() if "masked" in c().requires()} - learns
     assert len({c.name for c in CONTENDERS}) == len(CONTENDERS)
 
 

@@ -162,7 +162,7 @@ def test_momentum_needs_fewer_evaluations():
 
 def test_every_sampler_takes_part():
     all_ = contenders(1.0, 0.2)
-    of_tokens = {samplers.TwistedSMC, samplers.AnchoredSMC, samplers.MaskedGibbs}
+    of_tokens = {samplers.TwistedSMC, samplers.AnchoredSMC, samplers.AmortisedSMC, samplers.MaskedGibbs}
     of_tokens |= {samplers.APS, samplers.G2D2, samplers.SGDD, samplers.SVDD}
     assert {type(s) for c in all_ for s in c.ours} == set(sampler_classes().values()) - of_tokens
     assert {c.peer for c in all_ if c.library == "deepinv"} == {"DPS", "DDRM", "DiffPIR", "PosteriorDiffusion"}

@@ -71,7 +71,7 @@ def test_every_sampler_takes_part():
     left_out = {samplers.ImportanceSampling, samplers.AFDPS, samplers.FPS, samplers.MCGDiff, samplers.PCN}
     left_out |= {samplers.TDS, samplers.FKSteering, samplers.DMCMC}
     # Which draw tokens:
-    left_out |= {samplers.TwistedSMC, samplers.AnchoredSMC, samplers.MaskedGibbs}
+    left_out |= {samplers.TwistedSMC, samplers.AnchoredSMC, samplers.AmortisedSMC, samplers.MaskedGibbs}
     left_out |= {samplers.APS, samplers.G2D2, samplers.SGDD, samplers.SVDD}
     assert made == set(sampler_classes().values()) - left_out
     assert {c.peer for c in CONTENDERS if c.library == "deepinv"} == {"DPS", "DDRM", "DiffPIR", "PosteriorDiffusion"}

@@ -499,7 +499,8 @@ def worlds(*sizes: int):
 def test_every_sampler_of_the_library_is_run_here(alone):
     assert {type(s) for s in EVERY.values()} == set(sampler_classes().values())
     have_weights = {type(ALL[key.split("/")[0]]) for key in alone if key.endswith("/log_weights")}
-    assert have_weights == {type(s) for s in WEIGHTED.values()} | {samplers.TwistedSMC, samplers.AnchoredSMC}
+    of_tokens = {samplers.TwistedSMC, samplers.AnchoredSMC, samplers.AmortisedSMC}
+    assert have_weights == {type(s) for s in WEIGHTED.values()} | of_tokens
 
 
 @pytest.mark.parametrize(("size", "sampler"), [(size, name) for size, names in COMPARED.items() for name in names])

@@ -487,6 +487,7 @@ RUNS = {
     "twisted-smc-before": (samplers.TwistedSMC(lookahead=False, order="entropy"), token_prior),
     "masked-gibbs": (samplers.MaskedGibbs(steps=6), token_prior),
     "anchored-smc": (samplers.AnchoredSMC(inner_steps=3, threshold=1.0), token_prior),
+    "amortised-smc": (samplers.AmortisedSMC(threshold=1.0), token_prior),
     "aps": (samplers.APS(steps=6, inner_steps=3), token_prior),
     "aps-competing": (samplers.APS(steps=6, inner_steps=3, sticky=False, estimator="entropy"), token_prior),
     "g2d2": (samplers.G2D2(steps=6, inner_steps=7), token_prior),

@@ -55,6 +55,7 @@ MASKED_ENTRIES = {
     samplers.TwistedSMC: (samplers.TwistedSMC(), 0.06),
     samplers.MaskedGibbs: (samplers.MaskedGibbs(steps=150), 0.05),
     samplers.AnchoredSMC: (samplers.AnchoredSMC(), 0.07),
+    samplers.AmortisedSMC: (samplers.AmortisedSMC(), 0.15),
     samplers.APS: (samplers.APS(), 0.25),
     samplers.G2D2: (samplers.G2D2(), 0.25),
     samplers.SGDD: (samplers.SGDD(steps=200), 0.06),

@@ -16,13 +16,14 @@ from invdiff.posterior import Posterior
 from invdiff.priors import GaussianPrior, MarkovChainPrior, ProductMixturePrior
 from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.problem import Problem
-from invdiff.samplers import APS, G2D2, SGDD, SVDD, AnchoredSMC, MaskedGibbs, TwistedSMC
+from invdiff.samplers import APS, G2D2, SGDD, SVDD, AmortisedSMC, AnchoredSMC, MaskedGibbs, TwistedSMC
 from invdiff.solve import able_samplers, sampler_classes
 
 F64 = torch.float64
 V, L = 3, 4
 TOKENS = (
-    TwistedSMC(), TwistedSMC(lookahead=False), AnchoredSMC(inner_steps=2), MaskedGibbs(steps=5), SGDD(steps=5),
+    TwistedSMC(), TwistedSMC(lookahead=False), AnchoredSMC(inner_steps=2), AmortisedSMC(),
+    MaskedGibbs(steps=5), SGDD(steps=5),
     SVDD(steps=2, candidates=3), APS(steps=2, inner_steps=3), APS(steps=2, inner_steps=3, estimator="soft", kl=0.0),
     G2D2(steps=2, inner_steps=3),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """How right samplers of tokens are, against enumerated posteriors, as one JSON file and a table made from it.
 
     python -m invdiff.bench.discrete --out docs/discrete.json --table docs/discrete_table.md [--quick]
-        [--picture docs/_static/unmasking.png] [--only PROBLEM ...]
+        [--picture docs/_static/unmasking.png] [--only PROBLEM ...] [--samplers LABEL ...]
 
 Every sampler runs on every named problem of `diagnostics.discrete`, 16 seeds as 16 chains of one run; figures are means
 over them, and beside them stands what they must keep to. The file holds no times and repeats on one kind of machine.
@@ -10,7 +10,8 @@ over them, and beside them stands what they must keep to. The file holds no time
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import invdiff
 from invdiff.diagnostics.discrete import PROBLEMS, DiscreteProblem, TokenFigures, marginal_tv, measure_tokens
 from invdiff.errors import InputError
 from invdiff.noise import Noise, stream_key
+from invdiff.posterior import Posterior
 from invdiff.priors.unmasking import expected_evaluations, unmask
-from invdiff.samplers import APS, G2D2, SGDD, SVDD, AnchoredSMC, MaskedGibbs, Sampler, TwistedSMC
+from invdiff.samplers import APS, G2D2, SGDD, SVDD, AmortisedSMC, AnchoredSMC, MaskedGibbs, Sampler, TwistedSMC
 from invdiff.solve import solve
+from invdiff.training.amortise import AmortiseSettings, amortise
 
 SEEDS = 16
 TV = {
@@ -45,8 +48,24 @@ _FALLING = ("TwistedSMC", "AnchoredSMC")  # labels
 _MICRO_BATCH = 8192  # fits a core's cache
 
 
-def runs(name: str, *, quick: bool) -> list[tuple[str, Sampler, int]]:
-    """Samplers of a problem by label, with their draws in a chain."""
+def learnt(case: DiscreteProblem, *, quick: bool) -> Sampler:
+    """`AmortisedSMC` with a proposal that was fitted to the problem, which the passes of a draw do not count."""
+    posterior = Posterior(case.problem, case.prior, dtype=torch.float64)
+    settings = AmortiseSettings(steps=10, batch=16) if quick else AmortiseSettings()
+    return AmortisedSMC(proposal=amortise(posterior, settings)[0])
+
+
+def runs(case: DiscreteProblem, *, quick: bool) -> list[tuple[str, Callable[[], Sampler], int]]:
+    """Samplers of a problem by label, with their draws in a chain; one that learns does so when it is called for."""
+    as_it_is = [(label, partial(_same, sampler), n) for label, sampler, n in _fixed(case.name, quick=quick)]
+    return [*as_it_is, ("AmortisedSMC", partial(learnt, case, quick=quick), 200 if quick else 4000)]
+
+
+def _same(sampler: Sampler) -> Sampler:
+    return sampler
+
+
+def _fixed(name: str, *, quick: bool) -> list[tuple[str, Sampler, int]]:
     twisted = "TwistedSMC"
     if quick:
         return [
@@ -139,6 +158,8 @@ def falls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(r["problem"] for r in rows):
         for sampler in _FALLING:
             own = [r for r in rows if r["problem"] == name and r["sampler"] == sampler]
+            if not own:
+                continue
             own.sort(key=lambda r: int(r["draws"]))
             ratio = own[-1]["marginal_tv"] / own[0]["marginal_tv"]
             head = {"problem": name, "sampler": sampler, "from": own[0]["draws"], "to": own[-1]["draws"]}
@@ -159,16 +180,19 @@ def unmasking(*, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def collect(*, quick: bool, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Run everything, or the problems of these names alone."""
+def collect(*, quick: bool, only: Sequence[str] = (), samplers: Sequence[str] = ()) -> dict[str, Any]:
+    """Run everything, or the problems of these names alone, or samplers of these labels."""
     rows: list[dict[str, Any]] = []
     seeds = 4 if quick else SEEDS
     names = [name for name in PROBLEMS if not only or name in only]
     for name in names:
         case = PROBLEMS[name]()
-        rows.append(exact_row(case, 4000, seeds))
-        for label, sampler, draws in runs(name, quick=quick):
-            rows.append(run_one(case, label, sampler, draws, seeds))
+        if not samplers:
+            rows.append(exact_row(case, 4000, seeds))
+        for label, make, draws in runs(case, quick=quick):
+            if samplers and label not in samplers:
+                continue
+            rows.append(run_one(case, label, make(), draws, seeds))
             shown = ("problem", "sampler", "draws", "marginal_tv", "evidence_deviation", "outside")
             print(json.dumps({key: rows[-1].get(key) for key in shown}), flush=True)
     return {
@@ -191,7 +215,7 @@ def collect(*, quick: bool, only: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Put the problems of a new run in the place of their old figures, or beside those of others.
+    """Put the samplers of a new run in the place of their old figures on its problems, or beside those of others.
 
     Raises
     ------
@@ -203,7 +227,8 @@ def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"The file's {key} is {old[key]}, this run's is {new[key]}; run everything again.")
     places = list(PROBLEMS)
     merged = new | {"about": {n: (old["about"] | new["about"])[n] for n in places if n in old["about"] | new["about"]}}
-    kept = [r for r in old["rows"] if r["problem"] not in new["about"]]
+    again = {(r["problem"], r["sampler"]) for r in new["rows"]}
+    kept = [r for r in old["rows"] if (r["problem"], r["sampler"]) not in again]
     merged["rows"] = sorted(kept + new["rows"], key=lambda r: places.index(r["problem"]))
     return merged | {"falls": falls(merged["rows"])}
 
@@ -303,11 +328,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="Markdown made from the file")
     parser.add_argument("--picture", type=Path, help="PNG of the evaluations of parallel unmasking")
     parser.add_argument("--only", nargs="*", default=(), help="run these problems again, in the file there is")
+    parser.add_argument("--samplers", nargs="*", default=(), help="run samplers of these labels alone, as `--only`")
     parser.add_argument("--quick", action="store_true", help="4 seeds, few particles")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    report = collect(quick=options.quick, only=options.only)
-    if options.only and options.out.exists():
+    report = collect(quick=options.quick, only=options.only, samplers=options.samplers)
+    if (options.only or options.samplers) and options.out.exists():
         report = update(json.loads(options.out.read_text()), report)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     report = json.loads(options.out.read_text())

@@ -1,6 +1,6 @@
 """Cost of one large ensemble on GPUs: seconds beside the bare network's, peak memory, and the gain of more processes.
 
-    python -m invdiff.bench.ensembles --out one.json --device cuda --precision bfloat16 --compile
+    python -m invdiff.bench.ensembles --out one.json --table one.md --device cuda --precision bfloat16 --compile
     torchrun --nproc-per-node=2 -m invdiff.bench.ensembles --out two.json --device cuda --precision bfloat16 --compile
 
 Box inpainting of a smooth picture by ``TransportLangevin`` without weights, for several numbers of particles. The
@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,27 @@ def measure(particles: int, options: argparse.Namespace, prior: Any, shard: Shar
     }
 
 
+def table(report: Mapping[str, Any], source: str) -> str:
+    """Markdown from the file alone."""
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    compiled = ", compiled" if report["compiled"] else ""
+    text = [f"Made from `{source}` by `python -m invdiff.bench.ensembles`; not edited by hand.", ""]
+    text += [f"Prior {report['prior']}; {report['device']}, {report['precision']}{compiled}; {versions}.", ""]
+    text += ["| particles | processes | passes | s | s of the network alone | ratio | peak memory, GiB |"]
+    text += ["|" + " ---: |" * 7]
+    text += [
+        f"| {r['particles']} | {r['processes']} | {r['evaluations']} | {r['seconds']:.2f} | "
+        f"{r['network_seconds']:.2f} | {r['over_network']:.3f} | {r['peak_gibibytes']:.2f} |"
+        for r in report["rows"]
+    ]
+    return "\n".join(text) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="invdiff.bench.ensembles", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, help="Markdown made from the file")
     parser.add_argument("--prior", default="photos-64")
     parser.add_argument("--particles", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--steps", type=int, default=TransportLangevin().steps)
@@ -161,6 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
             if shard.rank == 0:
                 print(json.dumps(row), flush=True)
                 write(options.out, report)
+        if shard.rank == 0 and options.table is not None:
+            options.table.write_text(table(report, options.out.as_posix()))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import invdiff
+from invdiff.bench.discrete import learnt
 from invdiff.bench.rounds import write
 from invdiff.diagnostics.discrete import DiscreteProblem, marginal_tv, measure_tokens
 from invdiff.errors import CatalogueError, InputError, SamplingError
@@ -98,7 +99,7 @@ def top_kl(tokens: Tensor, exact: EnumeratedPosterior, top: int = TOP) -> float:
 
 
 def runs(*, quick: bool) -> list[tuple[str, Sampler, int]]:
-    """Samplers by label, with their draws in a chain."""
+    """Samplers by label, with their draws in a chain; one more learns from its problem."""
     if quick:
         return [("TwistedSMC, no lookahead", TwistedSMC(lookahead=False), 50), ("APS", APS(steps=2, inner_steps=2), 20)]
     return [
@@ -142,8 +143,9 @@ def collect(fitness: Tensor, *, quick: bool) -> dict[str, Any]:
         before = problem.prior.sample(seeds * 2000, seed=2).reshape(seeds, -1, SITES)
         truth = problem.exact.sample(seeds * 2000, seed=1).reshape(seeds, -1, SITES)
         rows += [row("prior", problem, before, fitness), row("exact draws", problem, truth, fitness)]
-        for label, sampler, draws in runs(quick=quick):
+        for label, given, draws in [*runs(quick=quick), ("AmortisedSMC", None, 50 if quick else 2000)]:
             try:
+                sampler = learnt(problem, quick=quick) if given is None else given
                 solution = solve(
                     problem.problem,
                     problem.prior,
@@ -153,7 +155,7 @@ def collect(fitness: Tensor, *, quick: bool) -> dict[str, Any]:
                     dtype=torch.float64,
                     micro_batch=4096,
                 )
-            except SamplingError as error:
+            except (SamplingError, InputError) as error:  # the latter where there was nothing to learn from
                 rows.append({"problem": problem.name, "sampler": label, "draws": draws, "failed": str(error)})
                 print(json.dumps(rows[-1]), flush=True)
                 continue

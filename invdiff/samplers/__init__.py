@@ -2,6 +2,7 @@
 
 from invdiff.driver import Sampler
 from invdiff.samplers.afdps import AFDPS
+from invdiff.samplers.amortised_smc import AmortisedSMC
 from invdiff.samplers.anchored_smc import AnchoredSMC
 from invdiff.samplers.annealing import Levels
 from invdiff.samplers.aps import APS
@@ -46,6 +47,7 @@ __all__ = [
     "SVDD",
     "TDS",
     "ULA",
+    "AmortisedSMC",
     "AnchoredSMC",
     "BirthDeath",
     "DiffPIR",
