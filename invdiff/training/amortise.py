@@ -173,7 +173,8 @@ def loss(posterior: Posterior, paths: Paths, settings: AmortiseSettings) -> tupl
     if settings.gradient == "straight-through":
         e = paths.vectors.to(posterior.dtype) @ posterior.codebook
         value, g = posterior.embedding_log_likelihood_and_grad(e.detach())
-        g = torch.where(torch.isneginf(value)[:, None, None], 0.0, g)
+        # No slope leads out of likelihood zero, nor where a token would gain more nats than numbers hold.
+        g = torch.where((torch.isfinite(value) & torch.isfinite(g).all(2).all(1))[:, None, None], g, 0.0)
         surrogate = (divergence - (e * g).sum((1, 2))).mean()
         return divergence.detach() - value, surrogate
     value = posterior.log_likelihood(paths.tokens).double()
