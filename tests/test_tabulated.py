@@ -155,7 +155,7 @@ def test_a_short_run_writes_its_file_and_table(tmp_path, monkeypatch):
     write_variants(tmp_path, [("".join(v), 0.1 * i) for i, v in enumerate(itertools.product("ACDEGLRSTV", repeat=4))])
     gb1.main(["--data", str(tmp_path), "--out", str(out), "--table", str(page), "--quick"])
     rows = json.loads(out.read_text())["rows"]
-    assert [r["impossible"] > 0.0 for r in rows] == [True, False, False, True, False]  # prior, exact, exact, APS, weighed
+    assert [r["impossible"] > 0.0 for r in rows] == [True, False, False, True, False]  # the prior and APS
     assert "| APS | 2 |" in page.read_text()
 
 

@@ -42,6 +42,7 @@ from invdiff.posterior import Posterior
 from invdiff.priors.amortised import AmortisedPrior
 from invdiff.priors.base import MaskedPrior
 
+_STEEPEST = 1e18  # its square is still a float32, as the network's gradients are
 _BEYOND = 10.0  # nats by which a sequence of likelihood zero is worse than the worst of its batch
 
 
@@ -174,7 +175,8 @@ def loss(posterior: Posterior, paths: Paths, settings: AmortiseSettings) -> tupl
         e = paths.vectors.to(posterior.dtype) @ posterior.codebook
         value, g = posterior.embedding_log_likelihood_and_grad(e.detach())
         # No slope leads out of likelihood zero, nor where a token would gain more nats than numbers hold.
-        g = torch.where((torch.isfinite(value) & torch.isfinite(g).all(2).all(1))[:, None, None], g, 0.0)
+        held = (g.abs() < _STEEPEST).flatten(1).all(1)  # false of NaN
+        g = torch.where((torch.isfinite(value) & held)[:, None, None], g, 0.0)
         surrogate = (divergence - (e * g).sum((1, 2))).mean()
         return divergence.detach() - value, surrogate
     value = posterior.log_likelihood(paths.tokens).double()
