@@ -30,6 +30,7 @@ TABLES = {
     "discrete": "discrete",
     "gb1": "gb1",
     "dna": "dna",
+    "infill": "infill",
     "calibration": "calibration",
     "calibration_300": "calibration",
     "decoded_28": "decoded",

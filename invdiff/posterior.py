@@ -9,7 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, cast
@@ -588,7 +588,9 @@ class Posterior:
 
     def _solutions(self, outcome: driver.Outcome, about: dict[str, Any], chains: int, seed: int) -> list[Solution]:
         """One solution a problem."""
-        solutions = []
+        solutions, found = [], outcome.draws
+        if hasattr(self.prior, "fill"):  # what a sampler wrote where a token is given stands for that token
+            found = replace(found, z=self.prior.fill(found.z))
         with torch.no_grad():
             for i in range(self.problems):
                 part = slice(i * chains, (i + 1) * chains)
@@ -600,7 +602,7 @@ class Posterior:
                 }
                 solutions.append(
                     Solution.from_draws(
-                        outcome.draws,
+                        found,
                         part,
                         decode=self.decode,
                         split=self._split,

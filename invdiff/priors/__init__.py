@@ -7,6 +7,7 @@ from invdiff.priors.diffusion import NetworkPrior
 from invdiff.priors.field import FieldPrior
 from invdiff.priors.frequency_table import FrequencyTable
 from invdiff.priors.gaussian import GaussianPrior
+from invdiff.priors.given_tokens import GivenTokens
 from invdiff.priors.grid import IsingPrior, PottsPrior
 from invdiff.priors.loading import load_prior
 from invdiff.priors.masked_network import MaskedNetworkPrior
@@ -20,6 +21,7 @@ __all__ = [
     "FieldPrior",
     "FrequencyTable",
     "GaussianPrior",
+    "GivenTokens",
     "IsingPrior",
     "MarkovChainPrior",
     "MaskedNetworkPrior",
