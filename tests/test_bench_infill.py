@@ -45,7 +45,7 @@ def test_the_exact_answer_is_the_sum_over_all_sequences():
     z = torch.tensor(list(itertools.product(range(V), repeat=3)))
     p = torch.where(z[:, 2] == 4, prior.log_prob(z).exp(), 0.0)
     e = infill.ERROR_RATE
-    joint = p * torch.where(z[:, 0] == 19, 1.0 - e, e / (V - 1))
+    joint = p * torch.where(z[:, 0] == 19, torch.tensor(1.0 - e, dtype=p.dtype), e / (V - 1))
     expected = torch.stack([torch.bincount(z[:, i], joint, V) for i in range(3)]) / joint.sum()
     assert torch.allclose(marginals, expected, atol=1e-12)
     assert log_evidence == pytest.approx(float((joint.sum() / p.sum()).log()), abs=1e-12)

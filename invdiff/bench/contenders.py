@@ -71,7 +71,7 @@ class Contender:
     backward
         Most backward passes that it makes for each forward one. A run that has any takes three times as long.
     peer, fixed
-        Name of deepinv's sampler in `invdiff.bench.deepinv_samplers`, and the settings that are not tuned.
+        Name of deepinv's sampler in `invdiff.bench.deepinv_samplers`, and settings where a trial has no other.
     steps
         deepinv's setting that says how many steps to take, and by how many that number exceeds the evaluations.
     """

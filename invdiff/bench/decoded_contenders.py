@@ -189,6 +189,13 @@ CONTENDERS: tuple[Contender, ...] = (
         ranges={"inner_steps": [3, 5, 10, 20], "lr": (0.1, 2.0), "defence": [0.05, 0.1, 0.3]},
     ),
     Contender(
+        name="AnchoredSMC, islands",
+        make=_anchored,
+        backward=1,
+        fixed={"island": 4},
+        ranges={"island": [2, 4, 8], "inner_steps": [3, 5, 10], "lr": (0.1, 2.0), "defence": [0.05, 0.1]},
+    ),
+    Contender(
         name="TwistedSMC, no lookahead",
         make=_twisted,
         ranges={"particles": _PARTICLES, "order": ["random", "entropy"]},
@@ -211,7 +218,9 @@ def run(
     """Draw for every problem of a group, with at most so many decoder calls a picture.
 
     The setting ``particles``, where a contender has it, says how many share the calls, of which the draws are taken;
-    else there are as many as draws.
+    else there are as many as draws. With the setting ``island`` every draw has an ensemble of so many particles of its
+    own: draws are then independent of each other, and each is only as near to the posterior as so few particles bring
+    it.
 
     Raises
     ------
@@ -221,8 +230,9 @@ def run(
         If the calls are too few for it, or the particles for the draws.
     """
     assert contender.make is not None
-    own = dict(settings)
-    particles = own.pop("particles", draws)
+    own = {**contender.fixed, **settings}
+    island = own.pop("island", 0)
+    particles = island * draws if island else own.pop("particles", draws)
     if particles < draws:
         raise InputError(f"{draws} draws need as many particles, got {particles}; raise it, or ask for fewer draws.")
     (length,) = prior.shape
@@ -231,8 +241,11 @@ def run(
     sampler, count = make(room, **own), len(batch.problems)
     began = time.perf_counter()
     posterior = Posterior(list(batch.problems), prior, device=device, precision=precision, micro_batch=micro_batch)
-    solutions: Any = posterior.sample(sampler, particles, seed=0)
-    found = torch.stack([evenly(s.draws, draws) for s in solutions])
+    if island:
+        solutions: Any = posterior.sample(sampler, island, chains=draws, seed=0)
+    else:
+        solutions = posterior.sample(sampler, particles, seed=0)
+    found = torch.stack([evenly(s.draws, draws) for s in solutions])  # of islands, the first of each
     spent = posterior.evaluations
     return Decoded(
         draws=found,
