@@ -34,6 +34,7 @@ TABLES = {
     "calibration": "calibration",
     "calibration_300": "calibration",
     "decoded_28": "decoded",
+    "decoded_28_published": "decoded",
     "decoded_64": "decoded",
     "ensembles": "ensembles",
     "phase_modes": "phase_modes",
