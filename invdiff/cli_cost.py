@@ -64,7 +64,7 @@ def least_seconds(prior: NetworkPrior, shape: tuple[int, ...], cost: Cost, draws
 def measure(posterior: Posterior, sampler: Sampler, draws: int) -> Estimate:
     """Estimate a run from its first step, made on a few draws: network, operator and sampler together."""
     device = posterior.device
-    few = draws if device.type == "cuda" else max(1, min(draws, 2**13 // prod(posterior.shape[-2:])))
+    few = draws if device.type == "cuda" else max(1, min(draws, 2**13 // prod(posterior.event[0].shape[-2:])))
     few = min(few, posterior.micro_batch or few)
     before = _peak(device)
     noise = Noise([0], few, device=device, dtype=posterior.dtype)
@@ -82,7 +82,7 @@ def measure(posterior: Posterior, sampler: Sampler, draws: int) -> Estimate:
         together = min(draws, posterior.micro_batch or draws)
         states = 8.0 * 4.0 * prod(posterior.shape) * draws
         memory = before + each * together + states
-    return Estimate(sampler.cost(), seconds / share * draws / few, memory)
+    return Estimate(sampler.cost_on(posterior), seconds / share * draws / few, memory)
 
 
 def words(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from invdiff import likelihoods
-from invdiff.errors import InputError, ShapeError
+from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.event import image_event
 from invdiff.images import read_image, resize_image
 from invdiff.likelihoods import Gaussian, Poisson
@@ -21,7 +21,7 @@ from invdiff.solution import Solution
 if TYPE_CHECKING:
     from invdiff.card_models import ProblemCard
     from invdiff.cli_solve import Request
-    from invdiff.priors import NetworkPrior
+    from invdiff.priors import MaskedNetworkPrior, NetworkPrior
 
 Lines = list[tuple[str, str]]
 
@@ -41,8 +41,12 @@ _OTHERS = {
 """Operators whose output is no picture, and what it is."""
 
 
-def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapping[str, Any]) -> tuple[Problem, Lines]:
+def picture_problem(
+    request: "Request", operator: Mapping[str, Any], noise: Mapping[str, Any], *, grey: bool = False
+) -> tuple[Problem, Lines]:
     """Build the problem that the command line asked for, and what to tell about it.
+
+    With ``grey`` the user's picture is read as grey.
 
     Raises
     ------
@@ -61,7 +65,7 @@ def picture_problem(request: "Request", operator: Mapping[str, Any], noise: Mapp
             raise InputError("--resize is for a picture of your own; give one with --image.")
         problem = problem_from_card(card, request.index, seed=request.seed)
         return problem, [("picture", f"{card.data.set}, number {request.index}"), _told(card, problem, "simulated")]
-    file = read_image(request.image)
+    file = read_image(request.image, grey=grey)
     pixels, notes = file.pixels, list(file.notes)
     if request.resize is not None:
         if not request.simulate:
@@ -174,6 +178,31 @@ def padded(shape: tuple[int, ...], prior: "NetworkPrior") -> tuple[int, int, int
     stride = int(getattr(prior.network, "stride", 1))
     h, w = (-(-side // stride) * stride for side in shape[1:])
     return shape[0], h, w
+
+
+def decoded(shape: tuple[int, ...], prior: "MaskedNetworkPrior") -> tuple[int, int, int]:
+    """Return a picture's shape where it is the one that a prior's tokens decode to.
+
+    Raises
+    ------
+    CapabilityError
+        If the tokens do not decode to pictures.
+    ShapeError
+        If they decode to pictures of another shape.
+    """
+    if prior.tokenizer is None:
+        raise CapabilityError(
+            f"{prior.name} is a prior of sequences; this command takes pictures. From Python, "
+            "invdiff.solve(problem, prior) takes it."
+        )
+    channels, h, w = prior.detokeniser.out_shape
+    if shape != (channels, h, w):
+        kind = "grey" if channels == 1 else f"{channels} channels"
+        raise ShapeError(
+            f"The tokens of {prior.name} decode to pictures of {w} x {h}, {kind}, and to no others; this one has shape "
+            f"{shape}. Give a picture of that shape with --image, or take a diffusion prior, e.g. photos-64."
+        )
+    return channels, h, w
 
 
 def on_grid(problem: Problem, grid: tuple[int, int, int]) -> Problem:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from invdiff.driver import Sampler
-from invdiff.errors import CapabilityError, CatalogueError, InputError
+from invdiff.errors import CatalogueError, InputError
 from invdiff.parallel import Shard
 from invdiff.posterior import PRECISIONS, Posterior
 from invdiff.solution import Solution
@@ -66,7 +66,7 @@ def _run(request: Request, shard: Shard, device: torch.device) -> None:
     from rich.console import Console
 
     from invdiff.cli_cost import LONG, least_seconds, measure, micro_batch, words
-    from invdiff.cli_picture import off_grid, on_grid, padded, picture_problem
+    from invdiff.cli_picture import decoded, off_grid, on_grid, padded, picture_problem
     from invdiff.cli_settings import apply, parse
     from invdiff.priors.diffusion import NetworkPrior
     from invdiff.priors.loading import load_prior
@@ -81,21 +81,19 @@ def _run(request: Request, shard: Shard, device: torch.device) -> None:
     for path in filter(None, (picture if lead else None, request.checkpoint)):
         check_writable(path)
     sampler = _named_sampler(request, settings["sampler"])
-    problem, lines = picture_problem(request, settings["operator"], settings["noise"])
     prior = load_prior(request.prior)
-    if not isinstance(prior, NetworkPrior):
-        raise CapabilityError(
-            f"{prior.name} is a prior of tokens, for pictures of one size; this command takes diffusion priors, e.g. "
-            "photos-64. From Python, invdiff.solve(problem, prior) takes it."
-        )
+    grey = not isinstance(prior, NetworkPrior) and prior.tokenizer is not None and prior.detokeniser.out_shape[0] == 1
+    problem, lines = picture_problem(request, settings["operator"], settings["noise"], grey=grey)
     shape = tuple(problem.event[0].shape)
-    grid = padded(shape, prior)
-
-    cost = (sampler or sampler_by_name("pigdm", **_steps(request))).cost()
-    # The first process's clock is everyone's, for all have to refuse or none.
-    seconds = shard.agree(least_seconds(prior, grid, cost, share, device))[0][0]
-    _refuse_long(seconds, "at least ", request, LONG)
-    prior = prior.at(grid)
+    if isinstance(prior, NetworkPrior):
+        grid = padded(shape, prior)
+        cost = (sampler or sampler_by_name("pigdm", **_steps(request))).cost()
+        # The first process's clock is everyone's, for all have to refuse or none.
+        seconds = shard.agree(least_seconds(prior, grid, cost, share, device))[0][0]
+        _refuse_long(seconds, "at least ", request, LONG)
+        prior = prior.at(grid)
+    else:
+        grid = decoded(shape, prior)
     task = on_grid(problem, grid)
     batch = micro_batch(grid, share, device)
     posterior = Posterior(task, prior, device=device, micro_batch=batch, precision=request.precision)

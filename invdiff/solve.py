@@ -88,6 +88,9 @@ def choose_sampler(posterior: Posterior, draws: int) -> tuple[Sampler, str]:
                 "masked prior: weighted particles of tokens, exact in the limit, with evidence",
             )
         many = f"masked prior of {length} tokens of {kinds} kinds, too many to weigh every candidate"
+        if "embedding_gradient" in can and draws < PARTICLES:
+            # Measured in docs/decoded.md: weights leave tens of particles with one ancestor.
+            return samplers.G2D2(), f"{many}, and too few draws to carry weights: fits to the measurement, not exact"
         if "embedding_gradient" in can:
             fitted = samplers.AnchoredSMC(every=max(1, length // FITS))
             return fitted, f"{many}: particles proposed by gradients and weighed, exact in the limit, with evidence"
