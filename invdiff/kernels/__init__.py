@@ -1,1 +1,71 @@
 """Kernels: a folder each, with a reference in plain PyTorch and faster versions of one signature for some devices."""
+
+from functools import cache
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Literal, Self, final, get_args
+
+from torch import Tensor
+
+from invdiff.errors import InputError
+
+Choice = Literal["auto", "reference"]
+Version = Literal["reference", "cpu", "gpu"]
+
+_choice: Choice = "auto"
+
+
+@final
+class use:  # noqa: N801  a function to its users, which also serves as a context
+    """Choose which version of every kernel runs: ``use("reference")`` for good, or ``with use("reference"): ...``.
+
+    The choice is the process's, not the thread's: PyTorch runs gradients of a GPU's work in threads of its own, and they
+    must take the same version as the call. It holds from the call on; leaving the context restores what was chosen when
+    `use` was called. Contexts of several threads that overlap therefore disturb each other (the results differ by
+    rounding, never more). Other processes begin with "auto".
+
+    Parameters
+    ----------
+    name
+        "auto" takes the fastest version by device and size; "reference" plain PyTorch, to find out whether a kernel is
+        to blame.
+
+    Raises
+    ------
+    InputError
+        If the name is neither.
+    """
+
+    def __init__(self, name: Choice) -> None:
+        global _choice
+        if name not in get_args(Choice):
+            raise InputError(f"invdiff.kernels.use takes {' or '.join(map(repr, get_args(Choice)))}, got {name!r}.")
+        self._before, _choice = _choice, name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _choice
+        _choice = self._before
+
+
+def chosen() -> Choice:
+    """Return what `use` chose last."""
+    return _choice
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def version(x: Tensor) -> Version:
+    """Return which version may run on a tensor: "gpu" on CUDA with Triton, "cpu" on a CPU, else "reference"."""
+    if _choice == "reference":
+        return "reference"
+    if x.is_cuda:
+        return "gpu" if _has_triton() else "reference"
+    return "cpu" if x.device.type == "cpu" else "reference"

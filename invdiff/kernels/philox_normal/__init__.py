@@ -1,17 +1,10 @@
 """Standard normals of counter-based streams: Philox4x32-10 words and Box-Muller, in one pass on a CUDA device."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from invdiff.kernels import version
 from invdiff.kernels.philox_normal import reference
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def philox_normal(keys: Tensor, slots: Tensor, step: int, call: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -38,7 +31,7 @@ def philox_normal(keys: Tensor, slots: Tensor, step: int, call: int, size: int, 
     Tensor
         Shape (m, size).
     """
-    if keys.is_cuda and _has_triton():
+    if version(keys) == "gpu":
         from invdiff.kernels.philox_normal import gpu
 
         return gpu.philox_normal(keys, slots, step, call, size, dtype)
