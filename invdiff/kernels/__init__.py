@@ -19,9 +19,9 @@ _choice: Choice = "auto"
 class use:  # noqa: N801  a function to its users, which also serves as a context
     """Choose which version of every kernel runs: ``use("reference")`` for good, or ``with use("reference"): ...``.
 
-    The choice is the process's, not the thread's: PyTorch runs gradients of a GPU's work in threads of its own, and they
-    must take the same version as the call. It holds from the call on; leaving the context restores what was chosen when
-    `use` was called. Contexts of several threads that overlap therefore disturb each other (the results differ by
+    The choice is the process's, not the thread's: PyTorch runs gradients of a GPU's work in threads of its own, and
+    they must take the same version as the call. It holds from the call on; leaving the context restores what was chosen
+    when `use` was called. Contexts of several threads that overlap therefore disturb each other (the results differ by
     rounding, never more). Other processes begin with "auto".
 
     Parameters

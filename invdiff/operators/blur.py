@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError
+from invdiff.kernels.separable_stencil import Tables, separable_stencil, tables
 from invdiff.operators.base import SVD, LinearOperator
 from invdiff.operators.boundary import Axis, Boundary
 from invdiff.operators.caches import Cache
 from invdiff.operators.convolution import Method, choose, direct, direct_adjoint, fourier, fourier_adjoint, spectrum
-from invdiff.operators.separable import KroneckerTables, apply_sides, picture_shape
+from invdiff.operators.separable import KroneckerTables, picture_shape
 
 
 @final
@@ -25,10 +26,9 @@ class Blur(LinearOperator):
     r"""Convolution of every channel with a kernel.
 
     Three methods give the same operator to rounding: "direct" (kh kw operations a pixel), "separable" (kernels of rank
-    one: two dense matrix products, h + w operations a pixel) and "fft" (transforms of 5-smooth lengths; of the
-    picture's own size for "circular" and "valid"). "auto" takes the cheapest by a measured cost model, for the device
-    that it runs on: roughly direct up to 5 x 5, separable on GPUs and for small pictures, else fft. On CUDA "separable"
-    follows torch's global setting of TF32 for matrix products, which is off by default.
+    one: a stencil along each axis, or two dense matrix products for small pictures) and "fft" (transforms of 5-smooth
+    lengths; of the picture's own size for "circular"). "auto" takes the cheapest by a measured cost model, for the
+    device that it runs on: roughly direct up to 5 x 5, separable where the kernel is, else fft.
 
     The SVD is the Fourier transform for "circular", two small dense SVDs for kernels of rank one with any other
     boundary (some seconds for sides above 2000, once), else None. The proximal step is closed wherever there is an SVD.
@@ -101,11 +101,14 @@ class Blur(LinearOperator):
             lambda: spectrum(self.kernel.double(), self._rows, self._columns).to(dtype.to_complex()),
         )
 
-    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        def build() -> tuple[Tensor, Tensor]:
-            u, s, vt = torch.linalg.svd(self.kernel.double())
-            a, b = u[..., 0] * s[..., :1].sqrt(), vt[..., 0, :] * s[..., :1].sqrt()
-            return self._rows.matrix(a).to(dtype), self._columns.matrix(b).to(dtype)
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        u, s, vt = torch.linalg.svd(self.kernel.double())
+        a, b = u[..., 0] * s[..., :1].sqrt(), vt[..., 0, :] * s[..., :1].sqrt()
+        return self._rows.matrix(a), self._columns.matrix(b)
+
+    def _matrices(self, dtype: torch.dtype) -> Tables:
+        def build() -> Tables:
+            return tables(*self._sides(), dtype, self.kernel.device)
 
         return self._tables.get(self.kernel, ("matrices", dtype), build)
 
@@ -113,7 +116,7 @@ class Blur(LinearOperator):
         """Blur: (n, c, h, w) -> (n, c, outputs, outputs)."""
         method = self.chosen_method(x.device)
         if method == "separable":
-            return apply_sides(*self._matrices(x.dtype), x)
+            return separable_stencil(x, self._matrices(x.dtype))
         if method == "fft":
             return fourier(x, self._spectrum(x.dtype), self._rows, self._columns)
         return direct(x, self._kernel(x.dtype), self._rows, self._columns)
@@ -122,8 +125,7 @@ class Blur(LinearOperator):
         """Exact transpose, written out for every boundary: (n, c, outputs, outputs) -> (n, c, h, w)."""
         method = self.chosen_method(y.device)
         if method == "separable":
-            left, right = self._matrices(y.dtype)
-            return apply_sides(left.mT, right.mT, y)
+            return separable_stencil(y, self._matrices(y.dtype).mT)
         if method == "fft":
             return fourier_adjoint(y, self._spectrum(y.dtype), self._rows, self._columns)
         return direct_adjoint(y, self._kernel(y.dtype), self._rows, self._columns)
@@ -135,7 +137,7 @@ class Blur(LinearOperator):
             return self._fourier_svd()
         if not self._rank_one:
             return None
-        tables = self._tables.get(self.kernel, "svd", lambda: KroneckerTables(*self._matrices(torch.float64)))
+        tables = self._tables.get(self.kernel, "svd", lambda: KroneckerTables(*self._sides()))
         return tables.svd(self.in_shape[0])
 
     def _fourier_svd(self) -> SVD:

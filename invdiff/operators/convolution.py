@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from invdiff.kernels.separable_stencil.cost import sweep_on_cpu
 from invdiff.operators.boundary import Axis, good_length, pad
 
 Method = Literal["direct", "separable", "fft"]
@@ -64,7 +65,11 @@ def choose(rows: Axis, columns: Axis, rank_one: bool, device: str) -> Method:
         "fft": size * log2(max(size, 2)) * digit,
     }
     if rank_one:
-        times["separable"] = cost.column * rows.outputs * columns.size * (rows.size + columns.outputs)
+        p, q, w = rows.outputs, columns.outputs, columns.size
+        stencil = sweep_on_cpu(p, q, w, rows.taps, columns.taps, max(0, q - columns.taps + 1))
+        if device == "cuda":
+            stencil = p * q * cost.tap * (rows.taps + columns.taps)
+        times["separable"] = min(cost.column * p * w * (rows.size + q), stencil)
     return min(times, key=lambda method: times[method])
 
 

@@ -13,18 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from invdiff.errors import ShapeError
+from invdiff.kernels.separable_stencil import Tables, reference, separable_stencil, tables
 from invdiff.operators.base import SVD, LinearOperator
 from invdiff.operators.caches import Cache
-
-
-def apply_sides(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
-    """``L X R^T`` for matrices (c, p, h), (c, q, w) and a batch (n, c, h, w); the cheaper order of the two products."""
-    (p, h), (q, w) = left.shape[-2:], right.shape[-2:]
-    # One matrix for all channels: as a 2-D right factor the batch becomes the rows of a single matrix product.
-    left, right = (side[0] if side.ndim == 3 and len(side) == 1 else side for side in (left, right))
-    if p * w * (h + q) <= h * q * (w + p):
-        return torch.matmul(torch.matmul(left, x), right.mT)
-    return torch.matmul(left, torch.matmul(x, right.mT))
 
 
 class KroneckerTables:
@@ -54,12 +45,12 @@ class KroneckerTables:
 
     def _to_coefficients(self, t: Tensor, which: int) -> Tensor:
         left, right = self._side(t.dtype, which)
-        c = apply_sides(left.mT, right.mT, t)
+        c = reference.separable_stencil(t, left.mT, right.mT)
         return pad(c, (0, self.grid[1] - c.shape[-1], 0, self.grid[0] - c.shape[-2]))
 
     def _from_coefficients(self, c: Tensor, which: int) -> Tensor:
         left, right = self._side(c.dtype, which)
-        return apply_sides(left, right, c[..., : left.shape[-1], : right.shape[-1]])
+        return reference.separable_stencil(c[..., : left.shape[-1], : right.shape[-1]], left, right)
 
     def svd(self, channels: int) -> SVD:
         """Return the diagonalisation for inputs of that many channels."""
@@ -76,8 +67,9 @@ class KroneckerTables:
 class Separable(LinearOperator):
     """``Y = L X R^T`` for every channel of a picture.
 
-    Both products are dense matrix products: 2 p h w + 2 p q w operations a channel. On CUDA they follow torch's global
-    setting of TF32 for matrix products, which is off by default. The first use of the SVD costs two dense SVDs.
+    Band matrices go through `invdiff.kernels.separable_stencil` where it is faster, others through dense matrix
+    products: 2 p h w + 2 p q w operations a channel. On CUDA the latter follow torch's global setting of TF32 for
+    matrix products, which is off by default. The first use of the SVD costs two dense SVDs.
 
     Parameters
     ----------
@@ -114,18 +106,17 @@ class Separable(LinearOperator):
         self.register_buffer("right", right.detach().double().clone().reshape(-1, *right.shape[-2:]))
         self._tables = Cache()
 
-    def _sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _matrices(self, dtype: torch.dtype) -> Tables:
         sides = (self.left, self.right)
-        return self._tables.get(sides, dtype, lambda: (self.left.to(dtype), self.right.to(dtype)))
+        return self._tables.get(sides, dtype, lambda: tables(self.left, self.right, dtype, self.left.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both matrices: (n, c, h, w) -> (n, c, p, q)."""
-        return apply_sides(*self._sides(x.dtype), x)
+        return separable_stencil(x, self._matrices(x.dtype))
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Apply both transposes: (n, c, p, q) -> (n, c, h, w)."""
-        left, right = self._sides(y.dtype)
-        return apply_sides(left.mT, right.mT, y)
+        return separable_stencil(y, self._matrices(y.dtype).mT)
 
     @property
     def svd(self) -> SVD:
