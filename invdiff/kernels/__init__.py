@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Literal, Self, final, get_args
 
+import torch
 from torch import Tensor
 
 from invdiff.errors import InputError
@@ -60,6 +61,19 @@ def chosen() -> Choice:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a kernel may be called as it is: nothing differentiates, traces or maps over the tensor.
+
+    Else it is called through `torch.library`, which costs some 30 us, and at the first call a second for imports.
+    """
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def version(x: Tensor) -> Version:

@@ -94,12 +94,12 @@ class Blur(LinearOperator):
     def _kernel(self, dtype: torch.dtype) -> Tensor:
         return self._tables.get(self.kernel, ("kernel", dtype), lambda: self.kernel.to(dtype))
 
-    def _spectrum(self, dtype: torch.dtype) -> Tensor:
-        return self._tables.get(
-            self.kernel,
-            ("spectrum", dtype),
-            lambda: spectrum(self.kernel.double(), self._rows, self._columns).to(dtype.to_complex()),
-        )
+    def _spectra(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        def build() -> tuple[Tensor, Tensor]:
+            h = spectrum(self.kernel.double(), self._rows, self._columns).to(dtype.to_complex())
+            return h, h.conj().resolve_conj()
+
+        return self._tables.get(self.kernel, ("spectra", dtype), build)
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         u, s, vt = torch.linalg.svd(self.kernel.double())
@@ -118,7 +118,7 @@ class Blur(LinearOperator):
         if method == "separable":
             return separable_stencil(x, self._matrices(x.dtype))
         if method == "fft":
-            return fourier(x, self._spectrum(x.dtype), self._rows, self._columns)
+            return fourier(x, self._spectra(x.dtype), self._rows, self._columns)
         return direct(x, self._kernel(x.dtype), self._rows, self._columns)
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Blur(LinearOperator):
         if method == "separable":
             return separable_stencil(y, self._matrices(y.dtype).mT)
         if method == "fft":
-            return fourier_adjoint(y, self._spectrum(y.dtype), self._rows, self._columns)
+            return fourier_adjoint(y, self._spectra(y.dtype), self._rows, self._columns)
         return direct_adjoint(y, self._kernel(y.dtype), self._rows, self._columns)
 
     @property
@@ -179,10 +179,10 @@ class Blur(LinearOperator):
         """Proximal step, see `LinearOperator.prox`; for "circular" three transforms of the half spectrum."""
         if self.boundary != "circular":
             return super().prox(x, y, weight)
-        h = self._spectrum(x.dtype)
+        h, conjugate = self._spectra(x.dtype)
         # A number stays one: as a tensor it would have to be copied to the device, which waits for all work there.
         w = weight.to(x).reshape(-1, 1, 1, 1) if isinstance(weight, Tensor) else float(weight)
-        z = torch.fft.rfft2(x) + w * h.conj() * torch.fft.rfft2(y)
+        z = torch.fft.rfft2(x) + w * conjugate * torch.fft.rfft2(y)
         solution: Tensor = torch.fft.irfft2(z / (1.0 + w * h.abs() ** 2), s=x.shape[-2:])
         return solution
 

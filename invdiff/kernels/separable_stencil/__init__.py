@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError
-from invdiff.kernels import version
+from invdiff.kernels import plain, version
 from invdiff.kernels.separable_stencil import reference
 from invdiff.kernels.separable_stencil.bands import bands, periodic_run
 from invdiff.kernels.separable_stencil.cost import cheaper_on_cpu, tile_on_gpu
@@ -123,8 +123,20 @@ def separable_stencil(x: Float[Tensor, "n c h w"], matrices: Tables) -> Float[Te
         )
     if not matrices.forward or version(x) == "reference":
         return reference.separable_stencil(x, left, right)
+    if plain(x):
+        return _run(x, left.shape[-2], right.shape[-2], matrices.forward)
     result: Tensor = _stencil(x, left, right, matrices.forward, matrices.transposed)
     return result
+
+
+def _run(x: Tensor, rows: int, columns: int, forward: list[Tensor]) -> Tensor:
+    if x.is_cuda:
+        from invdiff.kernels.separable_stencil import gpu
+
+        return gpu.separable_stencil(x, forward, rows, columns)
+    from invdiff.kernels.separable_stencil import cpu
+
+    return cpu.separable_stencil(x, forward, rows, columns)
 
 
 @torch.library.custom_op("invdiff::separable_stencil", mutates_args=())
@@ -135,14 +147,7 @@ def _stencil(
     forward: list[Tensor],
     transposed: list[Tensor],  # noqa: ARG001  for the gradient
 ) -> Tensor:
-    rows, columns = left.shape[-2], right.shape[-2]
-    if x.is_cuda:
-        from invdiff.kernels.separable_stencil import gpu
-
-        return gpu.separable_stencil(x, forward, rows, columns)
-    from invdiff.kernels.separable_stencil import cpu
-
-    return cpu.separable_stencil(x, forward, rows, columns)
+    return _run(x, left.shape[-2], right.shape[-2], forward)
 
 
 @_stencil.register_fake

@@ -24,7 +24,7 @@ def cheaper_on_cpu(left: Tensor, right: Tensor, left_taps: int, right_taps: int,
 
 def sweep_on_cpu(p: int, q: int, w: int, left_taps: int, right_taps: int, inner: int, period: int = 1) -> float:
     """Nanoseconds a picture of p x q outputs and rows of w inputs, ``inner`` outputs of a row sharing a stencil."""
-    edges = (q - inner) * (5 + 0.1 * right_taps)
+    edges = (q - inner) * (1.2 + 0.19 * right_taps)
     along_rows = inner * (0.3 + 0.031 * right_taps + (0.7 if period > 1 else 0.0)) + edges
     return p * (50.0 + w * (0.3 + 0.031 * left_taps) + along_rows)
 

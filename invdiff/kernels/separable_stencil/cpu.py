@@ -80,7 +80,7 @@ def _compiled() -> Callable[..., None]:
 
 def separable_stencil(x: Tensor, tables: list[Tensor], rows: int, columns: int) -> Tensor:
     """Apply the bands: (n, c, h, w) -> (n, c, rows, columns); see `invdiff.kernels.separable_stencil`."""
-    _, _, left_first, left_weights, right_first, right_weights, run = tables
+    left_first, left_weights, right_first, right_weights, run = tables
     n, c, h, w = x.shape
     out = torch.empty(n, c, rows, columns, dtype=x.dtype)
     if out.numel():
