@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from invdiff.errors import InputError, ShapeError
+from invdiff.kernels import plain
 from invdiff.likelihoods.base import Likelihood
 from invdiff.likelihoods.measurements import as_measurements, flat_sum, pick, shared_operator
 from invdiff.operators.base import LinearOperator, Operator
+from invdiff.operators.caches import Cache
+from invdiff.operators.pixelwise import Pixelwise
 
 
 @final
@@ -57,6 +60,7 @@ class Gaussian(Likelihood):
         self.operator, self.in_shape = operator, operator.in_shape
         self.register_buffer("measurement", as_measurements(measurement, operator))
         self.register_buffer("noise_std", std)
+        self._numbers = Cache()
 
     @property
     def problems(self) -> int:
@@ -83,16 +87,31 @@ class Gaussian(Likelihood):
 
     def log_normaliser(self) -> float:
         """Log of the density's normalising constant for one measurement."""
-        components = self.measurements / prod(self.operator.out_shape)
-        log_std = torch.broadcast_to(self.noise_std, self.operator.out_shape).log().sum() * components
-        return -float(log_std) - 0.5 * self.measurements * log(2.0 * pi)
+
+        def build() -> float:
+            components = self.measurements / prod(self.operator.out_shape)
+            log_std = torch.broadcast_to(self.noise_std, self.operator.out_shape).log().sum() * components
+            return -float(log_std) - 0.5 * self.measurements * log(2.0 * pi)
+
+        # Once: a number from a GPU waits for all work there.
+        return self._numbers.get(self.noise_std, "log normaliser", build)
 
     def log_prob(self, x: Tensor) -> Float[Tensor, " n"]:
         """Log-density of the measurement."""
         return -0.5 * self.deviance(x) + self.log_normaliser()
 
     def log_prob_and_grad(self, x: Tensor) -> tuple[Float[Tensor, " n"], Tensor]:
-        """Log-density and gradient; one pass through A and its adjoint where A is linear."""
+        """Log-density and gradient; one pass over x where A is pixelwise, A and its adjoint where it is linear.
+
+        Both are differentiable themselves where A is linear and x requires gradients.
+        """
+        linear = isinstance(self.operator, LinearOperator)
+        leaf = x if linear else x.detach()
+        if isinstance(self.operator, Pixelwise) and plain(leaf):
+            std = self._std(leaf)
+            std = torch.broadcast_to(std, self.operator.out_shape) if std.ndim else std
+            chi2, grad = self.operator.misfit_and_grad(leaf, self.measurement.to(x.dtype), std)
+            return -0.5 * chi2 + self.log_normaliser(), grad
         if not isinstance(self.operator, LinearOperator):
             return super().log_prob_and_grad(x)
         w = self._whitened(x)
@@ -103,17 +122,18 @@ class Gaussian(Likelihood):
         return (
             self
             if self.problems == 1
-            else Gaussian._unchecked(self.operator, pick(self.measurement, index), self.noise_std)
+            else Gaussian._unchecked(self.operator, pick(self.measurement, index), self.noise_std, self._numbers)
         )
 
     @classmethod
-    def _unchecked(cls, operator: Operator, measurement: Tensor, noise_std: Tensor) -> "Gaussian":
+    def _unchecked(cls, operator: Operator, measurement: Tensor, noise_std: Tensor, numbers: Cache) -> "Gaussian":
         # rows() is called in every step: checking finiteness there would synchronise the device.
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.operator, new.in_shape = operator, operator.in_shape
         new.register_buffer("measurement", measurement)
         new.register_buffer("noise_std", noise_std)
+        new._numbers = numbers
         return new
 
     @classmethod

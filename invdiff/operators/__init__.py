@@ -14,6 +14,7 @@ from invdiff.operators.mri import MRI, cartesian_mask
 from invdiff.operators.nonlinear_blur import NonlinearBlur
 from invdiff.operators.parity import Parity
 from invdiff.operators.phase_retrieval import PhaseRetrieval
+from invdiff.operators.pixelwise import Pixelwise
 from invdiff.operators.reshape import Reshape
 from invdiff.operators.separable import Separable
 from invdiff.operators.stacking import Stack, stack
@@ -33,6 +34,7 @@ __all__ = [
     "Operator",
     "Parity",
     "PhaseRetrieval",
+    "Pixelwise",
     "Reshape",
     "Scale",
     "Separable",

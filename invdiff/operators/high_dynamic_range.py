@@ -12,6 +12,7 @@ from typing import final
 from torch import Tensor
 
 from invdiff.errors import InputError
+from invdiff.kernels import pixelwise
 from invdiff.operators.base import Operator
 from invdiff.operators.separable import picture_shape
 
@@ -49,3 +50,9 @@ class HighDynamicRange(Operator):
     def forward(self, x: Tensor) -> Tensor:
         """Amplify and clip: (n, c, h, w) -> (n, c, h, w)."""
         return (self.gain * x - 0.5 * (self.gain - 1.0)).clamp(0.0, 1.0)
+
+    def misfit_and_grad(self, x: Tensor, y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Chi-square of the residuals and the log-density's gradient in one pass; see `invdiff.operators.Pixelwise`."""
+        curve = pixelwise.Curve(self.gain, 0.5 * (self.gain - 1.0), 0.0, 1.0)
+        chi2, grad = pixelwise.misfit(x.flatten(1), y.flatten(1), std, curve=curve)
+        return chi2, grad.reshape(x.shape)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError
+from invdiff.kernels import pixelwise
 from invdiff.operators.base import SVD, LinearOperator
 from invdiff.operators.separable import picture_shape
 
@@ -36,6 +37,7 @@ class Inpainting(LinearOperator):
 
     mask: Tensor
     _index: Tensor
+    _place: Tensor
 
     def __init__(self, mask: Tensor, shape: tuple[int, int, int]) -> None:
         c, h, w = picture_shape(shape)
@@ -53,15 +55,23 @@ class Inpainting(LinearOperator):
             raise InputError("The mask observes nothing: no entry is 1 (True means observed).")
         super().__init__((c, h, w), (len(index),))
         self.register_buffer("mask", observed)
+        place = torch.full((observed.numel(),), -1, dtype=torch.int32, device=index.device)
+        place[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
         self.register_buffer("_index", index, persistent=False)
+        self.register_buffer("_place", place, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observed entries: (n, c, h, w) -> (n, m)."""
-        return x.flatten(1).index_select(1, self._index)
+        return pixelwise.gather(x.flatten(1), self._index, self._place)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Picture with zeros at the missing entries: (n, m) -> (n, c, h, w)."""
-        return self.fill(y)
+        return pixelwise.spread(y, self._index, self._place).reshape(-1, *self.in_shape)
+
+    def misfit_and_grad(self, x: Tensor, y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Chi-square of the residuals and the log-density's gradient in one pass; see `invdiff.operators.Pixelwise`."""
+        chi2, grad = pixelwise.misfit(x.flatten(1), y, std, self._index, self._place)
+        return chi2, grad.reshape(x.shape)
 
     def fill(self, y: Tensor, value: float = 0.0) -> Float[Tensor, "n c h w"]:
         """Put measurements (n, m) back into pictures, with ``value`` at the missing entries."""
