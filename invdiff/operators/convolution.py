@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log2
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -209,8 +209,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa
     _, ctx.spectra, ctx.sizes, ctx.boundary, ctx.transpose = inputs
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return _operation(gradient, ctx.spectra, ctx.sizes, ctx.boundary, not ctx.transpose), None, None, None, None
+def _backward(ctx, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+    transposed = _operation(gradient, ctx.spectra, ctx.sizes, ctx.boundary, not ctx.transpose)
+    return transposed, [None, None], None, None, None
 
 
 _operation.register_autograd(_backward, setup_context=_setup)

@@ -5,7 +5,7 @@ down-sampling and the exact transpose of each, which is the same kernel with tra
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -160,8 +160,10 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa
     ctx.matrices = Tables(left, right, forward, transposed)
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return separable_stencil(gradient, ctx.matrices.mT), None, None, None, None
+def _backward(ctx, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+    matrices = ctx.matrices
+    constants = [None] * len(matrices.forward), [None] * len(matrices.transposed)
+    return separable_stencil(gradient, matrices.mT), None, None, *constants
 
 
 _stencil.register_autograd(_backward, setup_context=_setup)
