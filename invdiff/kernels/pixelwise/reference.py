@@ -25,4 +25,4 @@ def misfit(
     g = w / std
     g = g if index is None or place is None else spread(g, index, place)
     inside = (u >= curve.low) & (u <= curve.high)
-    return (w**2).sum(1), g * (curve.gain * inside)
+    return (w**2).sum(1), g * inside * curve.gain
