@@ -1,18 +1,19 @@
-"""Times of measurement operators and their adjoints, ours and deepinv's interleaved, as one JSON file.
+"""Times of measurement operators: forward, adjoint, likelihood's gradient and proximal step, libraries interleaved.
 
-    python -m invdiff.bench.operators --out operators.json [--device cuda] [--quick]
+    python -m invdiff.bench.operators --out operators.json [--device cuda] [--batches 1 16 256] [--sizes 64 256]
+        [--rows blur inpainting] [--calls forward adjoint] [--deadline SECONDS] [--table FILE.md] [--plot FILE.png]
 
-Times are medians in microseconds. Every call reads another buffer of a ring that is larger than the GPU's second-level
-cache. On CUDA a call is timed with events behind a short spin of the device, so that the host's own time does not count
-unless it is longer than the work.
+Times are medians and least values in microseconds. Every call reads another buffer of a ring that is larger than the
+GPU's second-level cache. On CUDA a call is timed with events behind a short spin of the device, so that the host's own
+time does not count unless it is longer than the work. A copy of the same batch, timed beside them, tells the memory's
+speed. The file is written after every row, so what a deadline cuts off is not lost.
 """
 
 import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,123 +23,159 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.operators import Blur, Downsampling, Inpainting, gaussian_kernel, motion_kernel, random_mask
-from invdiff.operators.base import LinearOperator
+from invdiff.bench.operators_rows import CALLS, Call, names, row
+from invdiff.bench.operators_table import plot, table
+from invdiff.errors import InvdiffError
 
-Call = Callable[[Tensor], Any]
-PROX = "proximal step, motion blur 61, circular"
-
-
-def _prox(A: LinearOperator, z: Tensor) -> Tensor:
-    return A.prox(z, z, 1.0)
+_RING = 3
+_MARGIN = 12
+"""Copies of a batch that the slowest way may need at once."""
 
 
-def rows(shape: tuple[int, int, int], device: torch.device) -> dict[str, dict[str, tuple[Call, Call, str]]]:
-    """Build every row: for each library the operator, its adjoint, and how it computes."""
-    motion, gaussian = motion_kernel(61), gaussian_kernel(23, 3.0)
-    mask = random_mask(shape[1:], 0.5)
-    ours: dict[str, LinearOperator] = {
-        "motion blur 61, circular": Blur(motion, shape, "circular"),
-        "motion blur 61, valid": Blur(motion, shape, "valid"),
-        "motion blur 61, reflect": Blur(motion, shape, "reflect"),
-        "Gaussian blur 23, reflect": Blur(gaussian, shape, "reflect"),
-        "inpainting": Inpainting(mask, shape),
-        "down-sampling 4, bicubic": Downsampling(shape, 4),
+def interleave(
+    calls: Mapping[str, Call], like: Mapping[str, Tensor], device: torch.device, seconds: float
+) -> dict[str, tuple[float, float]]:
+    """Median and least time of each call in microseconds, one call of each in turn.
+
+    Parameters
+    ----------
+    calls
+        What is timed.
+    like
+        A batch for each call.
+    device
+        Where they lie.
+    seconds
+        Time for all together; each is called three times at least, and 200 times at most.
+    """
+    cuda = device.type == "cuda"
+    ring = max(_RING, 2 + 100_000_000 // max(1, 4 * min(t.numel() for t in like.values()))) if cuda else _RING
+    generator = torch.Generator(device).manual_seed(0)
+    buffers = {
+        k: [_normal(like[k].shape, device, generator, like[k].dtype) for _ in range(min(ring, 16))] for k in calls
     }
-    table: dict[str, dict[str, tuple[Call, Call, str]]] = {}
-    for name, operator in ours.items():
-        A = operator.to(device)
-        note = A.chosen_method(device) if isinstance(A, Blur) else ""
-        table[name] = {"invdiff": (A, A.adjoint, note)}
-        if isinstance(A, Blur) and A.boundary == "circular":
-            table[PROX] = {"invdiff": (partial(_prox, A), A.adjoint, "closed form")}
-    if find_spec("deepinv") is None:
-        return table
-    from deepinv import physics
-
-    def add(row: str, label: str, p: Any, note: str) -> None:
-        p = p.to(device)
-        table[row][label] = (p.A, p.A_adjoint, note)
-
-    k, g = motion.float()[None, None], gaussian.float()[None, None]
-    for boundary in ("circular", "valid", "reflect"):
-        row = f"motion blur 61, {boundary}"
-        add(row, "deepinv", physics.Blur(filter=k, padding=boundary), "its default")
-        if boundary != "reflect":
-            add(row, "deepinv (fft)", physics.Blur(filter=k, padding=boundary, use_fft=True), "use_fft=True")
-    fourier = physics.BlurFFT(img_size=shape, filter=k).to(device)
-    table["motion blur 61, circular"]["deepinv (BlurFFT)"] = (fourier.A, fourier.A_adjoint, "BlurFFT")
-    table[PROX]["deepinv"] = (lambda z: fourier.prox_l2(z, z, 1.0), fourier.A_adjoint, "BlurFFT")
-    add("Gaussian blur 23, reflect", "deepinv", physics.Blur(filter=g, padding="reflect"), "its default")
-    add("inpainting", "deepinv", physics.Inpainting(img_size=shape, mask=mask.float()), "same-shape output")
-    down = physics.Downsampling(img_size=shape, filter="bicubic", factor=4, padding="circular")
-    add("down-sampling 4, bicubic", "deepinv", down, "circular boundary")
-    return table
-
-
-def interleave(calls: dict[str, Call], like: dict[str, Tensor], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median time of each call in microseconds, one call of each in turn."""
-    ring, cuda = 6, device.type == "cuda"
-    buffers = {k: [torch.randn_like(like[k]) for _ in range(ring)] for k in calls}
     for k, call in calls.items():
-        for b in buffers[k][:3]:
-            call(b)
+        call(buffers[k][0])
     times: dict[str, list[float]] = {k: [] for k in calls}
-    for i in range(repeats):
+    end = time.perf_counter() + seconds
+    for i in range(200):
+        if i >= 3 and time.perf_counter() > end:
+            break
         for k, call in calls.items():
-            b = buffers[k][i % ring]
-            if cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                torch.cuda._sleep(400_000)  # type: ignore[no-untyped-call]
-                start.record()
-                call(b)
-                end.record()
-                torch.cuda.synchronize()
-                times[k].append(1e3 * start.elapsed_time(end))
-            else:
-                t = time.perf_counter()
-                call(b)
-                times[k].append(1e6 * (time.perf_counter() - t))
-    return {k: round(median(v), 1) for k, v in times.items()}
+            times[k].append(_time(call, buffers[k][i % len(buffers[k])], cuda=cuda))
+    return {k: (round(median(v), 1), round(min(v), 1)) for k, v in times.items()}
+
+
+def _normal(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+def _time(call: Call, b: Tensor, *, cuda: bool) -> float:
+    if not cuda:
+        t = time.perf_counter()
+        call(b)
+        return 1e6 * (time.perf_counter() - t)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(400_000)  # type: ignore[no-untyped-call]
+    start.record()
+    call(b)
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * float(start.elapsed_time(end))
+
+
+def _cells(name: str, size: int, batch: int, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Time one row at one size and batch: a cell for each kind of call."""
+    shape, entries = row(name, size, device)
+    x = _normal((batch, *shape), device, torch.Generator(device).manual_seed(0))
+    cells = []
+    for kind in CALLS:
+        calls = {k: e.calls[kind] for k, e in entries.items() if kind in e.calls}
+        if kind not in options.calls or "invdiff" not in calls:
+            continue
+        like = {k: entries[k].calls["forward"](x) if kind == "adjoint" else x for k in calls}
+        copy = torch.empty_like(x)
+        times = interleave({**calls, "copy": copy.copy_}, {**like, "copy": x}, device, options.seconds)
+        cells.append(
+            {
+                "row": name,
+                "size": size,
+                "batch": batch,
+                "call": kind,
+                "median_us": {k: v[0] for k, v in times.items()},
+                "least_us": {k: v[1] for k, v in times.items()},
+                "how": {k: entries[k].how for k in calls},
+            }
+        )
+    return cells
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes that batches may take."""
+    if device.type == "cuda":
+        return 0.8 * torch.cuda.get_device_properties(device).total_memory
+    return 4e9
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Time all chosen rows until the deadline; returns the report and writes it as it grows."""
+    device = torch.device(options.device)
+    end = time.monotonic() + options.deadline
+    report: dict[str, Any] = {
+        "benchmark": "operators",
+        "dtype": "float32",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {p: version(p) for p in ("deepinv", "triton", "numba") if find_spec(p)},
+        "cells": [],
+        "left_out": [],
+    }
+    wanted = [n for n in names() if not options.rows or any(r.lower() in n.lower() for r in options.rows)]
+    with torch.no_grad():
+        for size in options.sizes:
+            for batch in options.batches:
+                for name in wanted:
+                    key = f"{name}, {size}, batch {batch}"
+                    if time.monotonic() > end:
+                        report["left_out"].append(f"{key}: the deadline passed")
+                    elif _MARGIN * 12 * batch * size**2 > _memory(device):
+                        report["left_out"].append(f"{key}: too large for the memory")
+                    else:
+                        try:
+                            report["cells"] += _cells(name, size, batch, options, device)
+                        except (InvdiffError, torch.cuda.OutOfMemoryError) as error:
+                            report["left_out"].append(f"{key}: {error}")
+                        print(key, flush=True)
+                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and write the file."""
+    """Run the benchmark and write its files."""
     parser = argparse.ArgumentParser(prog="invdiff.bench.operators", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="batch 2, few repeats")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--rows", nargs="+", default=[], metavar="PART", help="rows whose name holds one of these")
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for one cell of the table")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds; no new cell begins after it")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--table", type=Path, default=None, help="write a table in Markdown")
+    parser.add_argument("--plot", type=Path, default=None, help="draw time against size")
+    parser.add_argument("--report", action="store_true", help="only draw what --out holds already")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    batch, shape = (2 if options.quick else 16), (3, 256, 256)
-    repeats = (3 if options.quick else 11) * (10 if device.type == "cuda" else 1)
-    results = {}
-    with torch.no_grad():
-        for row, entries in rows(shape, device).items():
-            x = {k: torch.randn(batch, *shape, device=device) for k in entries}
-            y = {k: torch.empty_like(e[0](x[k])) for k, e in entries.items()}
-            forward = interleave({k: e[0] for k, e in entries.items()}, x, repeats, device)
-            only_forward = row == PROX
-            adjoint = {} if only_forward else interleave({k: e[1] for k, e in entries.items()}, y, repeats, device)
-            results[row] = {
-                k: {"forward_us": forward[k], "adjoint_us": adjoint.get(k), "how": e[2]} for k, e in entries.items()
-            }
-            print(row, json.dumps(results[row]))
-    report = {
-        "benchmark": "operators",
-        "input": [batch, *shape],
-        "dtype": "float32",
-        "repeats": repeats,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **({"deepinv": version("deepinv")} if find_spec("deepinv") else {}),
-        },
-        "results": results,
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = json.loads(options.out.read_text()) if options.report else run(options)
+    if options.table:
+        options.table.write_text(table(report))
+    if options.plot:
+        plot(report, options.plot)
 
 
 if __name__ == "__main__":

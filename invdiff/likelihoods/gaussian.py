@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from invdiff.errors import InputError, ShapeError
-from invdiff.kernels import plain
 from invdiff.likelihoods.base import Likelihood
 from invdiff.likelihoods.measurements import as_measurements, flat_sum, pick, shared_operator
 from invdiff.operators.base import LinearOperator, Operator
@@ -107,7 +106,7 @@ class Gaussian(Likelihood):
         """
         linear = isinstance(self.operator, LinearOperator)
         leaf = x if linear else x.detach()
-        if isinstance(self.operator, Pixelwise) and plain(leaf):
+        if isinstance(self.operator, Pixelwise):
             std = self._std(leaf)
             std = torch.broadcast_to(std, self.operator.out_shape) if std.ndim else std
             chi2, grad = self.operator.misfit_and_grad(leaf, self.measurement.to(x.dtype), std)
