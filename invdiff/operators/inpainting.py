@@ -9,6 +9,7 @@ from torch import Tensor
 from invdiff.errors import InputError, ShapeError
 from invdiff.kernels import pixelwise
 from invdiff.operators.base import SVD, LinearOperator
+from invdiff.operators.caches import Cache
 from invdiff.operators.separable import picture_shape
 
 
@@ -37,7 +38,6 @@ class Inpainting(LinearOperator):
 
     mask: Tensor
     _index: Tensor
-    _place: Tensor
 
     def __init__(self, mask: Tensor, shape: tuple[int, int, int]) -> None:
         c, h, w = picture_shape(shape)
@@ -55,10 +55,18 @@ class Inpainting(LinearOperator):
             raise InputError("The mask observes nothing: no entry is 1 (True means observed).")
         super().__init__((c, h, w), (len(index),))
         self.register_buffer("mask", observed)
-        place = torch.full((observed.numel(),), -1, dtype=torch.int32, device=index.device)
-        place[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
         self.register_buffer("_index", index, persistent=False)
-        self.register_buffer("_place", place, persistent=False)
+        self._tables = Cache()
+
+    @property
+    def _place(self) -> Tensor:
+        def build() -> Tensor:
+            place = torch.full((self.mask.numel(),), -1, dtype=torch.int32, device=self._index.device)
+            place[self._index] = torch.arange(len(self._index), dtype=torch.int32, device=self._index.device)
+            return place
+
+        # Not a buffer: it would change the operator's fingerprint, from which the noise of a run follows.
+        return self._tables.get(self._index, "place", build)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observed entries: (n, c, h, w) -> (n, m)."""
