@@ -13,6 +13,10 @@ from invdiff.errors import InputError
 Choice = Literal["auto", "reference"]
 Version = Literal["reference", "cpu", "gpu"]
 
+ON_GPU = {"philox_normal"}
+"""Kernels whose Triton version was compiled and compared with float64 on a GPU. The others have run in Triton's
+interpreter alone, and take their reference on CUDA until they are added here."""
+
 _choice: Choice = "auto"
 
 
@@ -76,10 +80,13 @@ def plain(x: Tensor) -> bool:
     )
 
 
-def version(x: Tensor) -> Version:
-    """Return which version may run on a tensor: "gpu" on CUDA with Triton, "cpu" on a CPU, else "reference"."""
+def version(kernel: str, x: Tensor) -> Version:
+    """Return which version of a kernel may run on a tensor.
+
+    "gpu" on CUDA with Triton where the kernel is in `ON_GPU`, "cpu" on a CPU, else "reference".
+    """
     if _choice == "reference":
         return "reference"
     if x.is_cuda:
-        return "gpu" if _has_triton() else "reference"
+        return "gpu" if kernel in ON_GPU and _has_triton() else "reference"
     return "cpu" if x.device.type == "cpu" else "reference"

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log2
+from math import inf, log2
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from invdiff.kernels import chosen, plain
+from invdiff.kernels import ON_GPU, chosen, plain
 from invdiff.kernels.separable_stencil.cost import sweep_on_cpu
 from invdiff.operators.boundary import Axis, Boundary, good_length, pad
 
@@ -74,7 +74,7 @@ def choose(rows: Axis, columns: Axis, rank_one: bool, device: str) -> Method:
         p, q, w = rows.outputs, columns.outputs, columns.size
         stencil = sweep_on_cpu(p, q, w, rows.taps, columns.taps, max(0, q - columns.taps + 1))
         if device == "cuda":
-            stencil = p * q * cost.tap * (rows.taps + columns.taps)
+            stencil = p * q * cost.tap * (rows.taps + columns.taps) if "separable_stencil" in ON_GPU else inf
         times["separable"] = min(cost.column * p * w * (rows.size + q), stencil)
     return min(times, key=lambda method: times[method])
 

@@ -31,7 +31,7 @@ def philox_normal(keys: Tensor, slots: Tensor, step: int, call: int, size: int, 
     Tensor
         Shape (m, size).
     """
-    if version(keys) == "gpu":
+    if version("philox_normal", keys) == "gpu":
         from invdiff.kernels.philox_normal import gpu
 
         return gpu.philox_normal(keys, slots, step, call, size, dtype)

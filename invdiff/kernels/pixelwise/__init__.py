@@ -22,7 +22,7 @@ _LEAST = 2**15
 
 
 def _version(x: Tensor, size: int) -> ModuleType:
-    name = version(x) if plain(x) else "reference"
+    name = version("pixelwise", x) if plain(x) else "reference"
     if name == "gpu" and x.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         from invdiff.kernels.pixelwise import gpu
 
