@@ -31,7 +31,10 @@ class Cache:
             Makes the table; runs without gradients.
         """
         sources = source if isinstance(source, tuple) else (source,)
-        versions = tuple(-1 if s.is_inference() else s._version for s in sources)
+        if torch.compiler.is_compiling():  # a trace cannot ask for versions; it begins from the tables that there are
+            versions = self._versions
+        else:
+            versions = tuple(-1 if s.is_inference() else s._version for s in sources)
         same = len(sources) == len(self._sources) and all(a is b for a, b in zip(sources, self._sources, strict=True))
         if not same or versions != self._versions:
             self._sources, self._versions, self._tables = sources, versions, {}

@@ -26,7 +26,7 @@ Cost: one forward pass of the prior a token, and one of the proposal, counted al
 tokens: forward L + 2.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import log, log1p
 from typing import ClassVar, Protocol, final, runtime_checkable
 
@@ -38,8 +38,8 @@ from invdiff.driver import Cost, Info, Sampler
 from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.particles import Resampling, Systematic, alive, check_threshold
-from invdiff.samplers.twisted_smc import TwistedTokens
+from invdiff.samplers.particles import Resampling, Systematic, check_threshold
+from invdiff.samplers.token_particles import TokenParticles, blank, random_position, weighed
 from invdiff.samplers.twists import Twist, default_twist
 
 
@@ -112,50 +112,41 @@ class AmortisedSMC(Sampler):
         """One pass a token, and one of the proposal."""
         return Cost(posterior.shape[0] * (1 if self.proposal is None else 2))
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TwistedTokens:
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TokenParticles:
         """Every token masked; the weight is psi."""
-        shape = (ensembles, n, *posterior.shape)
-        z = torch.full(shape, posterior.mask_token, dtype=torch.int64, device=posterior.device)
-        log_probs = posterior.log_probs(z)
-        log_twist = self._twist(posterior).log_twist(posterior, log_probs)
-        return TwistedTokens.begin(z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist)
+        z, log_probs, log_twist = blank(posterior, ensembles, n, self._twist(posterior))
+        return TokenParticles.begin(z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist)
 
-    def done(self, state: TwistedTokens) -> bool:
+    def done(self, state: TokenParticles) -> bool:
         """All tokens known."""
         return state.step >= state.z.shape[-1]
 
-    def progress(self, state: TwistedTokens) -> float:
+    def progress(self, state: TokenParticles) -> float:
         """Share of the tokens known."""
         return state.step / state.z.shape[-1]
 
-    def step(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> tuple[TwistedTokens, Info]:
+    def step(self, posterior: Posterior, state: TokenParticles, *, noise: Noise) -> tuple[TokenParticles, Info]:
         """Draw the token of one position from the proposal, and weigh it."""
-        e, n, length = state.z.shape
+        e, n, _ = state.z.shape
         u = noise.uniform(noise.slots, (2,)).reshape(e, n, 2)
-        masked, left = state.z == posterior.mask_token, length - state.step
-        rank = (u[..., :1] * left).long().clamp_max(left - 1)  # among the masked ones
-        position = ((masked.cumsum(-1) == rank + 1) & masked).to(torch.int8).argmax(-1, keepdim=True)
+        position = random_position(state.z == posterior.mask_token, u[..., 0])[..., None]
         own = position[..., None].expand(e, n, 1, posterior.vocabulary_size)
         c = state.log_probs.gather(2, own)[:, :, 0]
         q = c if self.proposal is None else self._tilted(posterior, state.z, own, c, self.proposal)
         token = categorical(q, u[..., 1])[..., None]
         z = state.z.scatter(2, position, token)
-        last = left == 1
-        if last:
-            log_probs, log_twist = state.log_probs, posterior.log_likelihood(z).double()
-        else:
-            log_probs = posterior.log_probs(z)
-            log_twist = self._twist(posterior).log_twist(posterior, log_probs)
-        increment = (c.gather(2, token) - q.gather(2, token))[..., 0] + log_twist - state.log_twist
-        new = replace(state, z=z, step=state.step + 1, log_probs=log_probs, log_twist=log_twist).reweighted(
-            alive(state, increment), f" at token {state.step + 1} of {length}: no particle has a likelihood above zero"
+        return weighed(
+            posterior,
+            state,
+            z,
+            (c.gather(2, token) - q.gather(2, token))[..., 0],
+            twist=self._twist(posterior),
+            resampling=self.resampling,
+            threshold=self.threshold,
+            noise=noise,
         )
-        info = Info(sigma=1.0 - new.step / length, ess=new.ess)
-        if last:  # the last weights stay with the draws
-            return new, replace(info, misfit=posterior.misfit(z))
-        return new.resampled(self.resampling, noise, self.threshold), info
 
-    def finish(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+    def finish(self, posterior: Posterior, state: TokenParticles, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the complete sequences, their weights and the evidence."""
         return Draws(z=state.z, log_weights=state.log_weights, log_evidence=state.evidence)
 

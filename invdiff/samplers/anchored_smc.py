@@ -38,14 +38,14 @@ from invdiff.driver import Cost, Info, Sampler
 from invdiff.errors import CapabilityError, InputError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.particles import Resampling, Systematic, alive, check_threshold
-from invdiff.samplers.twisted_smc import TwistedTokens
+from invdiff.samplers.particles import Resampling, Systematic, check_threshold
+from invdiff.samplers.token_particles import TokenParticles, blank, random_position, weighed
 from invdiff.samplers.twists import Twist, default_twist
 from invdiff.samplers.variational import Estimator, Fit, check_inner, estimate
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnchoredParticles(TwistedTokens):
+class AnchoredParticles(TokenParticles):
     """Weighted particles of tokens, with what the last fit said of them.
 
     Parameters
@@ -141,10 +141,7 @@ class AnchoredSMC(Sampler):
 
     def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> AnchoredParticles:
         """Every token masked; the weight is psi."""
-        shape = (ensembles, n, *posterior.shape)
-        z = torch.full(shape, posterior.mask_token, dtype=torch.int64, device=posterior.device)
-        log_probs = posterior.log_probs(z)
-        log_twist = self._twist(posterior).log_twist(posterior, log_probs)
+        z, log_probs, log_twist = blank(posterior, ensembles, n, self._twist(posterior))
         tilt = torch.zeros_like(log_probs, dtype=posterior.dtype)
         return AnchoredParticles.begin(
             z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist, tilt=tilt
@@ -160,7 +157,7 @@ class AnchoredSMC(Sampler):
 
     def step(self, posterior: Posterior, state: AnchoredParticles, *, noise: Noise) -> tuple[AnchoredParticles, Info]:
         """Fit q, draw the token of one position from it, and weigh it."""
-        e, n, length = state.z.shape
+        e, n, _ = state.z.shape
         u = noise.uniform(noise.slots, (2,)).reshape(e, n, 2)
         masked = state.z == posterior.mask_token
         c = state.log_probs
@@ -171,21 +168,16 @@ class AnchoredSMC(Sampler):
         q, c = proposal.gather(2, own)[:, :, 0], c.gather(2, own)[:, :, 0]
         token = categorical(q, u[..., 1])[..., None]
         z = state.z.scatter(2, position, token)
-        last = state.step == length - 1
-        if last:
-            log_probs, log_twist = state.log_probs, posterior.log_likelihood(z).double()
-        else:
-            log_probs = posterior.log_probs(z)
-            log_twist = self._twist(posterior).log_twist(posterior, log_probs)
-        ratio = (c.gather(2, token) - q.gather(2, token))[..., 0]
-        increment = ratio + log_twist - state.log_twist
-        new = replace(state, z=z, step=state.step + 1, log_probs=log_probs, log_twist=log_twist, tilt=tilt).reweighted(
-            alive(state, increment), f" at token {state.step + 1} of {length}: no particle has a likelihood above zero"
+        return weighed(
+            posterior,
+            replace(state, tilt=tilt),
+            z,
+            (c.gather(2, token) - q.gather(2, token))[..., 0],
+            twist=self._twist(posterior),
+            resampling=self.resampling,
+            threshold=self.threshold,
+            noise=noise,
         )
-        info = Info(sigma=1.0 - new.step / length, ess=new.ess)
-        if last:  # the last weights stay with the draws
-            return new, replace(info, misfit=posterior.misfit(z))
-        return new.resampled(self.resampling, noise, self.threshold), info
 
     def finish(self, posterior: Posterior, state: AnchoredParticles, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the complete sequences, their weights and the evidence."""
@@ -212,6 +204,4 @@ class AnchoredSMC(Sampler):
         """Next position of each particle, (ensemble, particle); it depends on no token that is still to be drawn."""
         if self.order == "confident":
             return torch.where(masked, proposal.amax(-1), -torch.inf).argmax(-1)
-        left = masked.sum(-1)
-        rank = (u * left).long().minimum(left - 1)[..., None]  # among the masked ones
-        return ((masked.cumsum(-1) == rank + 1) & masked).to(torch.int8).argmax(-1)
+        return random_position(masked, u)

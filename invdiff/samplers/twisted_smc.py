@@ -35,24 +35,9 @@ from invdiff.driver import Cost, Info, Sampler
 from invdiff.errors import CapabilityError, InputError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.particles import Resampling, Systematic, Weighted, alive, check_threshold
+from invdiff.samplers.particles import Resampling, Systematic, alive, check_threshold
+from invdiff.samplers.token_particles import TokenParticles, blank, random_position
 from invdiff.samplers.twists import Twist, default_twist
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwistedTokens(Weighted):
-    """Weighted particles of tokens, int64 (ensemble, particle, length), with what the prior said of them.
-
-    Parameters
-    ----------
-    log_probs
-        Conditionals, float64, (ensemble, particle, length, V).
-    log_twist
-        Log psi, float64, (ensemble, particle).
-    """
-
-    log_probs: Tensor
-    log_twist: Tensor
 
 
 @final
@@ -117,23 +102,20 @@ class TwistedSMC(Sampler):
         """1 + (L - 1) V passes with lookahead, L without."""
         return Cost(1 + (posterior.shape[0] - 1) * (posterior.vocabulary_size if self.lookahead else 1))
 
-    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TwistedTokens:
+    def init(self, posterior: Posterior, ensembles: int, n: int, *, noise: Noise) -> TokenParticles:
         """Every token masked; the weight is psi."""
-        shape = (ensembles, n, *posterior.shape)
-        z = torch.full(shape, posterior.mask_token, dtype=torch.int64, device=posterior.device)
-        log_probs = posterior.log_probs(z)
-        log_twist = self._twist(posterior).log_twist(posterior, log_probs)
-        return TwistedTokens.begin(z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist)
+        z, log_probs, log_twist = blank(posterior, ensembles, n, self._twist(posterior))
+        return TokenParticles.begin(z, log_twist, shard=noise.shard, log_probs=log_probs, log_twist=log_twist)
 
-    def done(self, state: TwistedTokens) -> bool:
+    def done(self, state: TokenParticles) -> bool:
         """All tokens known."""
         return state.step >= state.z.shape[-1]
 
-    def progress(self, state: TwistedTokens) -> float:
+    def progress(self, state: TokenParticles) -> float:
         """Share of the tokens known."""
         return state.step / state.z.shape[-1]
 
-    def step(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> tuple[TwistedTokens, Info]:
+    def step(self, posterior: Posterior, state: TokenParticles, *, noise: Noise) -> tuple[TokenParticles, Info]:
         """Choose a position, weigh every token for it, and draw one."""
         e, n, length = state.z.shape
         u = noise.uniform(noise.slots, (2,)).reshape(e, n, 2)
@@ -170,7 +152,7 @@ class TwistedSMC(Sampler):
             return new, replace(info, misfit=posterior.misfit(z))
         return new.resampled(self.resampling, noise, self.threshold), info
 
-    def finish(self, posterior: Posterior, state: TwistedTokens, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
+    def finish(self, posterior: Posterior, state: TokenParticles, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
         """Return the complete sequences, their weights and the evidence."""
         return Draws(z=state.z, log_weights=state.log_weights, log_evidence=state.evidence)
 
@@ -179,7 +161,7 @@ class TwistedSMC(Sampler):
     def _twist(self, posterior: Posterior) -> Twist:
         return default_twist(posterior) if self.twist is None else self.twist
 
-    def _position(self, posterior: Posterior, state: TwistedTokens, u: Tensor) -> Tensor:
+    def _position(self, posterior: Posterior, state: TokenParticles, u: Tensor) -> Tensor:
         """Next position of each particle, (ensemble, particle); it depends on no token that is still to be drawn."""
         masked = state.z == posterior.mask_token
         if self.order == "left":
@@ -187,12 +169,10 @@ class TwistedSMC(Sampler):
         if self.order == "entropy":
             entropy = -torch.xlogy(state.log_probs.exp(), state.log_probs.exp()).sum(-1)
             return torch.where(masked, entropy, torch.inf).argmin(-1)
-        left = state.z.shape[-1] - state.step
-        rank = (u * left).long().clamp_max(left - 1)[..., None]  # among the masked ones
-        return ((masked.cumsum(-1) == rank + 1) & masked).to(torch.int8).argmax(-1)
+        return random_position(masked, u)
 
     def _conditionals(
-        self, posterior: Posterior, state: TwistedTokens, candidates: Tensor, position: Tensor, token: Tensor
+        self, posterior: Posterior, state: TokenParticles, candidates: Tensor, position: Tensor, token: Tensor
     ) -> Tensor:
         """Conditionals (ensemble, particle, V, length, V) by which candidates are judged."""
         if self.lookahead:
