@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +30,7 @@ from invdiff.operators.composition import Affine
 from invdiff.parallel import ALONE, Shard
 from invdiff.potential import LogProbAndGrad, Path
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior, Sigma
+from invdiff.priors.given_tokens import condition_tokens
 from invdiff.priors.masked import check_tokens
 from invdiff.problem import Problem
 from invdiff.provenance import prior_key, provenance
@@ -754,6 +756,8 @@ def _stack(parts: Sequence[Likelihood]) -> Likelihood:
 
 def _conditioned(prior: Any, problems: Sequence[Problem]) -> Any:
     condition = getattr(prior, "condition", None)
+    if condition is None and isinstance(prior, MaskedPrior) and not isinstance(prior, DiffusionPrior):
+        condition = partial(condition_tokens, prior)  # never to mask what is given is all there is to it
     if condition is None:
         raise CapabilityError(
             f"The problem gives {sorted(problems[0].given)} as known, "

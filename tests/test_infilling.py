@@ -53,7 +53,7 @@ def problem() -> Problem:
 
 
 def test_the_conditionals_are_those_of_the_sequences_that_fit():
-    prior = chain().condition({"tokens": GIVEN})
+    prior = priors.GivenTokens(chain(), GIVEN)
     assert isinstance(prior, MaskedPrior)
     state = torch.tensor([[MASK, 2, MASK, 1, MASK]])  # the 2 stands where a 1 is given, and does not count
     z = everything()
@@ -64,7 +64,7 @@ def test_the_conditionals_are_those_of_the_sequences_that_fit():
 
 
 def test_draws_keep_what_is_given_and_follow_the_conditional_law():
-    prior, n = chain().condition({"tokens": GIVEN}), 20_000
+    prior, n = priors.GivenTokens(chain(), GIVEN), 20_000
     z = prior.sample(n, seed=1)
     assert bool((z[:, [1, 4]] == GIVEN[[1, 4]]).all())
     expected = prior.log_probs(torch.full((1, L), MASK))[0].exp()
@@ -74,7 +74,7 @@ def test_draws_keep_what_is_given_and_follow_the_conditional_law():
 
 
 def test_vectors_and_tokens_decode_to_the_given_ones():
-    prior = chain().condition({"tokens": GIVEN})
+    prior = priors.GivenTokens(chain(), GIVEN)
     wrong = torch.tensor([[0, 2, 0, 0, 2]])
     right = torch.tensor([[0, 1, 0, 0, 0]])
     assert torch.equal(prior.decode(wrong), chain().decode(right))
@@ -92,23 +92,22 @@ def test_a_network_is_conditioned_alike():
         network = MaskedTransformer([L], V, width=16, depth=1, heads=2)
         torch.nn.init.normal_(network.head.weight)
     prior = MaskedNetworkPrior(network, alphabet="abc")
-    found = prior.condition({"tokens": GIVEN})
+    found = priors.GivenTokens(prior, GIVEN)
     blank = torch.full((1, L), MASK)
     assert torch.allclose(found.log_probs(blank), prior.log_probs(GIVEN[None]))
     assert (found.alphabet, found.vocabulary_size, found.event) == ("abc", V, prior.event)
-    assert found.key != prior.key != prior.condition({"tokens": blank[0]}).key
+    assert found.key != prior.key != priors.GivenTokens(prior, blank[0]).key
 
 
 def test_what_cannot_be_given_is_refused():
     with pytest.raises(CatalogueError, match="'tokens'"):
-        chain().condition({"token": GIVEN})
+        Posterior(Problem(problem().likelihood, given={"token": GIVEN}), chain())
     with pytest.raises(ShapeError, match="5 tokens"):
-        chain().condition({"tokens": GIVEN[:4]})
+        priors.GivenTokens(chain(), GIVEN[:4])
     with pytest.raises(InputError, match="lie in"):
-        chain().condition({"tokens": GIVEN + 1})
-    impossible = priors.MarkovChainPrior(torch.tensor([1.0, 0.0]), torch.eye(2), 3).condition(
-        {"tokens": torch.tensor([2, 1, 2])}
-    )
+        priors.GivenTokens(chain(), GIVEN + 1)
+    stuck = priors.MarkovChainPrior(torch.tensor([1.0, 0.0]), torch.eye(2), 3)
+    impossible = priors.GivenTokens(stuck, torch.tensor([2, 1, 2]))
     with pytest.raises(InputError, match="probability zero"):
         impossible.sample(1)
 
@@ -203,7 +202,7 @@ def test_nothing_read_is_the_conditional_prior():
     blank = Problem(likelihoods.SymmetricChannel(torch.full((L,), V), V, RATE), given={"tokens": GIVEN})
     solution = invdiff.solve(blank, chain(), draws=500, seed=0, dtype=F64)
     assert abs(solution.log_evidence) < 1e-12
-    expected = chain().condition({"tokens": GIVEN}).log_probs(torch.full((1, L), MASK))[0].exp()
+    expected = priors.GivenTokens(chain(), GIVEN).log_probs(torch.full((1, L), MASK))[0].exp()
     z = solution.tokens.flatten(0, 1)
     found = torch.stack([(z == v).double().mean(0) for v in range(V)], 1)
     assert bool(((found - expected).abs() < 4.5 * (expected * (1 - expected) / 500).sqrt() + 1e-12).all())

@@ -288,3 +288,17 @@ def test_reference_takes_the_cheaper_order():
     for p, h, q, w in ((3, 20, 20, 4), (20, 3, 4, 20)):
         L, R, x = rand(1, p, h), rand(1, q, w, seed=1), rand(2, 3, h, w, seed=2)
         close(reference.separable_stencil(x, L, R), exact(x, L, R), 1e-14)
+
+
+def test_operators_compile_whole_once_their_tables_are_made():
+    # In a process of its own: the checker of shapes, which the tests switch on, cannot be traced.
+    source = """
+import torch
+from invdiff.operators import Blur, Downsampling, gaussian_kernel
+x = torch.rand(2, 3, 64, 64)
+for A in (Downsampling((3, 64, 64), 4), Blur(gaussian_kernel(15, 1.5), (3, 64, 64))):
+    y = A(x)
+    assert torch.equal(torch.compile(A, fullgraph=True, backend="aot_eager")(x), y)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

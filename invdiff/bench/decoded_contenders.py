@@ -232,19 +232,16 @@ def run(
     assert contender.make is not None
     own = {**contender.fixed, **settings}
     island = own.pop("island", 0)
-    particles = island * draws if island else own.pop("particles", draws)
-    if particles < draws:
+    particles, chains = (island, draws) if island else (own.pop("particles", draws), 1)
+    if particles * chains < draws:
         raise InputError(f"{draws} draws need as many particles, got {particles}; raise it, or ask for fewer draws.")
     (length,) = prior.shape
-    room = Room(calls=calls // particles, length=length, vocabulary_size=prior.vocabulary_size)
+    room = Room(calls=calls // (particles * chains), length=length, vocabulary_size=prior.vocabulary_size)
     make: Callable[..., Sampler] = contender.make
     sampler, count = make(room, **own), len(batch.problems)
     began = time.perf_counter()
     posterior = Posterior(list(batch.problems), prior, device=device, precision=precision, micro_batch=micro_batch)
-    if island:
-        solutions: Any = posterior.sample(sampler, island, chains=draws, seed=0)
-    else:
-        solutions = posterior.sample(sampler, particles, seed=0)
+    solutions: Any = posterior.sample(sampler, particles, chains=chains, seed=0)
     found = torch.stack([evenly(s.draws, draws) for s in solutions])  # of islands, the first of each
     spent = posterior.evaluations
     return Decoded(

@@ -45,8 +45,8 @@ class MaskedPrior(Protocol):
 
     Optional members, used where they exist: ``detokeniser`` (an Operator from embeddings (length, c) to physical units
     that `decode_embedding` applies; says whether the way out is linear), ``event``, ``sample(n, seed=)``,
-    ``condition(given)``, ``fill(tokens)`` (sequences with the tokens in their places that are known beforehand),
-    ``name`` and ``key`` (a hash of what defines it).
+    ``fill(tokens)`` (sequences with the tokens in their places that are known beforehand), ``name`` and ``key`` (a hash
+    of what defines it).
     """
 
     @property

@@ -10,7 +10,6 @@ sequence to physical units.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -28,7 +27,6 @@ from invdiff.priors.unmasking import unmask
 
 if TYPE_CHECKING:
     from invdiff.priors.enumerated import EnumeratedPosterior
-    from invdiff.priors.given_tokens import GivenTokens
 
 
 def check_tokens(tokens: Tensor, length: int, largest: int, name: str) -> None:
@@ -196,18 +194,6 @@ class ExactMaskedPrior(nn.Module, ABC):
         for i in range(self.length):
             tokens[:, i] = categorical(self.log_probs(tokens)[:, i], u[:, i])
         return tokens
-
-    def condition(self, given: Mapping[str, Tensor]) -> "GivenTokens":
-        """Return the law given some tokens: ``{"tokens": (length,)}``, int64, the mask where one is not known.
-
-        Raises
-        ------
-        CatalogueError, ShapeError, InputError
-            If something else is given, or the tokens do not fit.
-        """
-        from invdiff.priors.given_tokens import condition_tokens
-
-        return condition_tokens(self, given)
 
     @torch.no_grad()
     def posterior(self, likelihood: Measurement) -> "EnumeratedPosterior":

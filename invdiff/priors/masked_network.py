@@ -10,7 +10,6 @@ order. What held-out sequences cost under a random order bounds their cost under
 """
 
 import hashlib
-from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -24,7 +23,6 @@ from invdiff.networks.tokenizer import Tokenizer
 from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator
 from invdiff.operators.composition import Scale
-from invdiff.priors.given_tokens import GivenTokens, condition_tokens
 from invdiff.priors.masked import check_tokens
 from invdiff.priors.unmasking import unmask
 
@@ -160,16 +158,6 @@ class MaskedNetworkPrior(nn.Module):
         """
         noise = Noise([stream_key(seed, "sample", self.name)], n, device=self.codebook.device, dtype=torch.float64)
         return unmask(self, noise, self.length if steps is None else steps).tokens
-
-    def condition(self, given: Mapping[str, Tensor]) -> "GivenTokens":
-        """Return the law given some tokens: ``{"tokens": (length,)}``, int64, the mask where one is not known.
-
-        Raises
-        ------
-        CatalogueError, ShapeError, InputError
-            If something else is given, or the tokens do not fit.
-        """
-        return condition_tokens(self, given)
 
     @torch.no_grad()
     def log_prob_bound(
