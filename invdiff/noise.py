@@ -16,7 +16,7 @@ from torch import Tensor
 
 from invdiff.errors import InputError
 from invdiff.kernels.philox_normal import philox_normal
-from invdiff.kernels.philox_normal.reference import philox_words
+from invdiff.kernels.philox_uniform import philox_uniform
 from invdiff.parallel import ALONE, Shard
 
 _MASK = 0xFFFFFFFF
@@ -27,11 +27,6 @@ def stream_key(seed: int, *parts: str | int) -> int:
     """64-bit key of a stream: a hash of the seed and what else tells the stream apart."""
     text = "\x1f".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _unit(high: Tensor, low: Tensor) -> Tensor:
-    """Uniform in [0, 1) with 53 bits from two words; in float64 throughout, where every value is exact."""
-    return ((high >> 5).double() * 2.0**26 + (low >> 6).double()) / 2.0**53
 
 
 class Noise:
@@ -98,10 +93,6 @@ class Noise:
         self.call += 1
         return self.step & _MASK, self.call - 1
 
-    def _words(self, ensemble: Tensor, slot: Tensor, blocks: int) -> Tensor:
-        """Uniform 32-bit words, shape (len(slot), blocks * 4), int64."""
-        return philox_words(self._key(ensemble), slot, *self._counter(), blocks)
-
     def normal(self, slots: Tensor, shape: Sequence[int]) -> Tensor:
         """Independent standard normals for the given flat slots, shape (len(slots), *shape)."""
         ensemble, slot = slots // self.n, slots % self.n
@@ -117,13 +108,12 @@ class Noise:
 
     def uniform(self, slots: Tensor, shape: Sequence[int] = ()) -> Tensor:
         """Independent uniforms in [0, 1) with 53 bits, float64, shape (len(slots), *shape)."""
-        size = max(1, prod(shape))
-        w = self._words(slots // self.n, slots % self.n, -(-size // 2))
-        u = _unit(w[:, 0::2], w[:, 1::2])
-        return u[:, :size].reshape(len(slots), *shape)
+        ensemble, slot = slots // self.n, slots % self.n
+        u = philox_uniform(self._key(ensemble), slot, *self._counter(), prod(shape))
+        return u.reshape(len(slots), *shape)
 
     def shared(self) -> Tensor:
         """One uniform an ensemble in [0, 1), float64, shape (e,); shared by its particles, as resampling needs."""
         ensembles = torch.arange(len(self.keys), device=self.device)
-        w = self._words(ensembles, torch.full_like(ensembles, _SHARED_SLOT), 1)
-        return _unit(w[:, 0], w[:, 1])
+        slot = torch.full_like(ensembles, _SHARED_SLOT)
+        return philox_uniform(self._key(ensembles), slot, *self._counter(), 1)[:, 0]

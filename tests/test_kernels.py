@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from invdiff.kernels import philox_uniform as uniform
 from invdiff.kernels.philox_normal import philox_normal, reference
+from invdiff.kernels.philox_uniform import cpu as uniform_cpu
+from invdiff.kernels.philox_uniform import reference as uniform_reference
 
 HERE = Path(__file__).parent
 CASES = [(1, 3, 7, 0), (5, 4, 2, 9), (3, 1030, 2**32 - 1, 2**31 + 1), (0, 8, 1, 1), (2, 4096, 0, 1), (2, 1, 16, 16)]
@@ -34,13 +37,28 @@ def check_philox(kernel, device: str) -> None:
             torch.testing.assert_close(got.cpu(), expected, rtol=rtol, atol=1e-14)
 
 
+def check_uniform(kernel, device: str) -> None:
+    for rows, size, step, call in [*CASES, (3, 8193, 1, 2)]:
+        keys, slots = philox_inputs(rows, device)
+        got = kernel(keys, slots, step, call, size)
+        assert got.dtype == torch.float64
+        assert torch.equal(got.cpu(), uniform_reference.philox_uniform(keys.cpu(), slots.cpu(), step, call, size))
+
+
+def test_uniforms_compiled_for_a_cpu_have_the_same_bits():
+    check_uniform(uniform_cpu.philox_uniform, "cpu")
+    check_uniform(uniform.philox_uniform, "cpu")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
 def test_triton_kernels_in_the_interpreter():
     # In a process of its own: Triton reads the variable when it is imported.
     script = (
-        "from test_kernels import check_philox\n"
+        "from test_kernels import check_philox, check_uniform\n"
         "from invdiff.kernels.philox_normal import gpu\n"
         "check_philox(gpu.philox_normal, 'cpu')\n"
+        "from invdiff.kernels.philox_uniform import gpu\n"
+        "check_uniform(gpu.philox_uniform, 'cpu')\n"
         "print('same')\n"
     )
     done = subprocess.run(
@@ -56,3 +74,4 @@ def test_triton_kernels_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_triton_kernels_on_the_gpu():
     check_philox(philox_normal, "cuda")
+    check_uniform(uniform.philox_uniform, "cuda")

@@ -61,7 +61,7 @@ def about(options: argparse.Namespace, prior: Any) -> dict[str, Any]:
         "noise_std": NOISE_STD,
         "draws": options.draws,
         "calls": options.calls,
-        "precision": options.precision,
+        "precision": options.precision + (", matrix products in TF32" if options.tf32 else ""),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "versions": {
             "invdiff": invdiff.__version__,
@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--micro-batch", type=int, default=512, help="sequences in one pass")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--tf32", action="store_true", help="matrix products in TF32, as convolutions are by default")
     options = parser.parse_args(arguments)
     if options.command == "merge":
         merge(options.out, options.parts, DECODED_TASKS, CONTENDERS)
@@ -183,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "table":
         options.table.write_text(table(json.loads(options.out.read_text()), options.out.as_posix()))
         return
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
     prior: Any = load_prior(options.prior)
     prior = prior.to(options.device)
     side = picture_shape(prior)[-1]
