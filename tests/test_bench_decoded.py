@@ -181,7 +181,21 @@ def test_tuning_testing_merging_and_the_table(tmp_path, monkeypatch):
     best = max(r["psnr_mean"][0] for r in (walkers, greedy))
     assert f"**{best:.2f}" in text
     assert "Left out: TwistedSMC, no lookahead (invdiff). InputError" in text
-    assert "2 processes that shared a machine" in text
+    assert "up to 2 processes that shared a machine" in text
+    assert "dagger" not in text
+    # Rows of another precision say so; a row that comes twice, or from another benchmark, is refused.
+    report = json.loads(parts[0].read_text())
+    parts[0].write_text(json.dumps(report | {"precision": "bfloat16"}))
+    decoded.main(["merge", "--out", str(out), "--processes", "7", "--parts", str(parts[1]), str(parts[0])])
+    decoded.main(["table", "--out", str(out), "--table", str(table)])
+    assert "up to 7 processes" in table.read_text()
+    assert "Rows with a dagger: bfloat16." in table.read_text()
+    assert "| SVDD † |" in table.read_text()
+    with pytest.raises(InputError, match="again"):
+        decoded.main(["merge", "--out", str(out), "--parts", str(parts[0]), str(parts[0])])
+    parts[0].write_text(json.dumps(report | {"calls": 64}))
+    with pytest.raises(InputError, match=r"differ in calls"):
+        decoded.main(["merge", "--out", str(out), "--parts", str(parts[1]), str(parts[0])])
 
 
 def test_a_picture_bears_its_share_of_its_runs_cost():

@@ -1,14 +1,11 @@
 """Measurements of single pixels against loops in float64, and the likelihoods that use them against autograd."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
+from processes import check_alone, has_gpu, has_triton
 
 from invdiff import kernels
 from invdiff.errors import InputError, ShapeError
@@ -189,28 +186,19 @@ def test_bad_input_is_told(unchecked):
         pixelwise.misfit(x, y.double(), std, index, place)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
+SCRIPT = """
+from test_kernel_pixelwise import check, EXACT, HALF
+from invdiff.kernels.pixelwise import gpu
+check(gpu, {device!r}, EXACT + HALF)
+"""
+
+
+@has_triton
 def test_triton_in_the_interpreter():
-    # In a process of its own: Triton reads the variable when it is imported.
-    script = (
-        "from test_kernel_pixelwise import check, EXACT, HALF\n"
-        "from invdiff.kernels.pixelwise import gpu\n"
-        "check(gpu, 'cpu', EXACT + HALF)\n"
-        "print('same')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "same\n", done.stderr
+    check_alone(SCRIPT.format(device="cpu"), interpret=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@has_gpu
 def test_triton_on_the_gpu():
-    from invdiff.kernels.pixelwise import gpu
-
-    check(gpu, "cuda", EXACT + HALF)
+    check_alone(SCRIPT.format(device="cuda"), interpret=False)

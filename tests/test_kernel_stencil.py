@@ -1,7 +1,5 @@
 """The separable stencil and block-wise Fourier blur against dense matrices in float64; and which version is chosen."""
 
-import importlib.util
-import os
 import subprocess
 import sys
 import threading
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import check_alone, has_gpu, has_triton
 
 from invdiff import kernels
 from invdiff.errors import InputError, ShapeError
@@ -255,24 +254,8 @@ def check_tiles(device: str) -> None:
         torch.empty = empty
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
-def test_triton_in_the_interpreter():
-    # In a process of its own: Triton reads the variable when it is imported.
-    done = subprocess.run(
-        [sys.executable, "-c", "from test_kernel_stencil import check_tiles\ncheck_tiles('cpu')\nprint('same')\n"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "same\n", done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_on_the_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "ON_GPU", {"separable_stencil"})
-    check_tiles("cuda")
+def check_operators() -> None:
+    """Operators on the GPU in single precision against double."""
     for A in (Blur(gaussian_kernel(23, 3.0), (3, 256, 250)), *(Downsampling((3, 256, 320), f) for f in (2, 4, 8))):
         A.to("cuda")
         x = rand(5, *A.in_shape).cuda()
@@ -282,6 +265,18 @@ def test_triton_on_the_gpu(monkeypatch):
         close(A.adjoint(y.float()).cpu(), A.adjoint(y).cpu(), 1e-6)
         compiled = torch.compile(A, fullgraph=True)
         close(compiled(x.float()).cpu(), A(x).cpu(), 1e-6)
+
+
+@has_triton
+def test_triton_in_the_interpreter():
+    check_alone("from test_kernel_stencil import check_tiles\ncheck_tiles('cpu')", interpret=True)
+
+
+@pytest.mark.gpu
+@has_gpu
+def test_triton_on_the_gpu():
+    script = "from test_kernel_stencil import check_operators, check_tiles\ncheck_tiles('cuda')\ncheck_operators()"
+    check_alone(script, interpret=False)
 
 
 def test_reference_takes_the_cheaper_order():

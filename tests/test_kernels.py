@@ -1,20 +1,14 @@
 """Kernels against their references; the Triton ones in Triton's interpreter, and compiled where there is a GPU."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import check_alone, has_gpu, has_triton
 
 from invdiff.kernels import philox_uniform as uniform
-from invdiff.kernels.philox_normal import philox_normal, reference
+from invdiff.kernels.philox_normal import reference
 from invdiff.kernels.philox_uniform import cpu as uniform_cpu
 from invdiff.kernels.philox_uniform import reference as uniform_reference
 
-HERE = Path(__file__).parent
 CASES = [(1, 3, 7, 0), (5, 4, 2, 9), (3, 1030, 2**32 - 1, 2**31 + 1), (0, 8, 1, 1), (2, 4096, 0, 1), (2, 1, 16, 16)]
 """Rows, values a row, step, call: odd sizes, a ragged last block, none, and words that do not fit 31 bits."""
 
@@ -50,28 +44,21 @@ def test_uniforms_compiled_for_a_cpu_have_the_same_bits():
     check_uniform(uniform.philox_uniform, "cpu")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
-def test_triton_kernels_in_the_interpreter():
-    # In a process of its own: Triton reads the variable when it is imported.
-    script = (
-        "from test_kernels import check_philox, check_uniform\n"
-        "from invdiff.kernels.philox_normal import gpu\n"
-        "check_philox(gpu.philox_normal, 'cpu')\n"
-        "from invdiff.kernels.philox_uniform import gpu\n"
-        "check_uniform(gpu.philox_uniform, 'cpu')\n"
-        "print('same')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "same\n", done.stderr
+SCRIPT = """
+from test_kernels import check_philox, check_uniform
+from invdiff.kernels.philox_normal import gpu
+check_philox(gpu.philox_normal, {device!r})
+from invdiff.kernels.philox_uniform import gpu
+check_uniform(gpu.philox_uniform, {device!r})
+"""
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_kernels_on_the_gpu():
-    check_philox(philox_normal, "cuda")
-    check_uniform(uniform.philox_uniform, "cuda")
+@has_triton
+def test_triton_in_the_interpreter():
+    check_alone(SCRIPT.format(device="cpu"), interpret=True)
+
+
+@pytest.mark.gpu
+@has_gpu
+def test_triton_on_the_gpu():
+    check_alone(SCRIPT.format(device="cuda"), interpret=False)

@@ -142,16 +142,21 @@ def table(report: Mapping[str, Any], source: str) -> str:
         "operator, a picture, forward + backward; passes: through the network, a picture."
     )
     if report["processes"] > 1:
-        head += f" Seconds are those of {report['processes']} processes that shared a machine."
+        head += f" Seconds are those of up to {report['processes']} processes that shared a machine."
+    others = sorted({r["precision"] for r in report["rows"] if "precision" in r})
+    if others:
+        head += f" Rows with a dagger: {', '.join(others)}."
     text = [f"Made from `{source}` by `python -m invdiff.bench.decoded table`; not edited by hand.", "", head]
 
     def lead(r: Mapping[str, Any]) -> list[str]:
         calls = f"{r['calls'][0]:.0f} + {r['backward'][0]:.0f}"
         seconds = f"{r['seconds'][0]:.2f} ± {r['seconds'][1]:.2f}"
-        return [r["contender"], "yes" if r["exact"] else "no", calls, f"{r['passes'][0]:.0f}", seconds]
+        name = r["contender"] + (" †" if "precision" in r else "")
+        return [name, "yes" if r["exact"] else "no", calls, f"{r['passes'][0]:.0f}", seconds]
 
     titles = ["sampler", "exact in a limit", "calls", "passes", "s a picture"]
-    text += sections(report["rows"], DECODED_TASKS, [c.name for c in CONTENDERS], titles, lead)
+    here = {r["contender"] for r in report["rows"]}  # others have another budget, and files of their own
+    text += sections(report["rows"], DECODED_TASKS, [c.name for c in CONTENDERS if c.name in here], titles, lead)
     return "\n".join(text) + "\n"
 
 
@@ -164,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", type=Path, help="what `tune` wrote")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--parts", type=Path, nargs="*", default=[], help="files that `merge` joins")
+    parser.add_argument("--processes", type=int, help="how many shared a machine, for `merge`; one a file if not given")
     parser.add_argument("--prior", default="fashion-28-vq")
     parser.add_argument("--pictures", type=int, help="100 of 28 pixels or 40 of 64, and 8 to tune")
     parser.add_argument("--together", type=int, default=8, help="pictures in one run, at most")
@@ -179,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tf32", action="store_true", help="matrix products in TF32, as convolutions are by default")
     options = parser.parse_args(arguments)
     if options.command == "merge":
-        merge(options.out, options.parts, DECODED_TASKS, CONTENDERS)
+        merge(options.out, options.parts, DECODED_TASKS, CONTENDERS, options.processes)
         return
     if options.command == "table":
         options.table.write_text(table(json.loads(options.out.read_text()), options.out.as_posix()))

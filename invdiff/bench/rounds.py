@@ -19,6 +19,7 @@ from torch import Tensor
 from invdiff import metrics
 from invdiff.bench.contenders import Contender, trial
 from invdiff.bench.tasks import Group, group, tests
+from invdiff.errors import InputError
 
 FIGURES = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage", "spread_skill", "chi_square")
 Scores = list[dict[str, float]]
@@ -164,12 +165,39 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
-def merge(out: Path, parts: Sequence[Path], tasks: Mapping[str, str], contenders: Sequence[Contender]) -> None:
-    """Join the files of several parts, in the order of tasks and contenders."""
+def merge(
+    out: Path,
+    parts: Sequence[Path],
+    tasks: Mapping[str, str],
+    contenders: Sequence[Contender],
+    processes: int | None = None,
+) -> None:
+    """Join the files of several parts, in the order of tasks and contenders.
+
+    Parameters
+    ----------
+    out, parts
+        Where to write, and the files; the first says what all rows share, and rows of another precision say theirs.
+    tasks, contenders
+        In their order.
+    processes
+        How many shared a machine; as many as there are files if None.
+
+    Raises
+    ------
+    InputError
+        If a task and a contender come twice, or files differ in more than their precision and processes.
+    """
     reports = [json.loads(p.read_text()) for p in parts]
-    names = [c.name for c in contenders]
-    rows = sorted(
-        (r for report in reports for r in report["rows"]),
-        key=lambda r: (list(tasks).index(r["task"]), names.index(r["contender"])),
-    )
-    write(out, reports[0] | {"processes": len(parts), "rows": rows})
+    names, rows, first = [c.name for c in contenders], {}, reports[0]
+    for report, path in zip(reports, parts, strict=True):
+        odd = [k for k in first if k not in {"rows", "precision", "processes"} and report.get(k) != first[k]]
+        if odd:
+            raise InputError(f"{path} and {parts[0]} differ in {', '.join(odd)}; join files of one benchmark.")
+        own = {} if report.get("precision") == first.get("precision") else {"precision": report["precision"]}
+        for r in report["rows"]:
+            key = (list(tasks).index(r["task"]), names.index(r["contender"]))
+            if key in rows:
+                raise InputError(f"{path} holds {r['contender']} on {r['task']} again; leave one of the files out.")
+            rows[key] = r | (own if "failed" not in r else {})
+    write(out, first | {"processes": processes or len(parts), "rows": [rows[key] for key in sorted(rows)]})
