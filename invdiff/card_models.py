@@ -156,6 +156,30 @@ class PhaseRetrievalCard(_Card):
     oversampling: NotNegative = 2.0
 
 
+Row = tuple[float, ...]
+Matrix = tuple[Row, ...]
+
+
+class DenseCard(_Card):
+    """A matrix on flattened inputs, a row a measured value."""
+
+    type: Literal["Dense"]
+    matrix: Matrix
+
+
+class IdentityCard(_Card):
+    """Every value of the unknown."""
+
+    type: Literal["Identity"]
+
+
+class ParityCard(_Card):
+    """Exclusive or of some bits; each check is a list of their numbers, from 0."""
+
+    type: Literal["Parity"]
+    checks: tuple[tuple[Index, ...], ...]
+
+
 OperatorCard = Annotated[
     BlurCard
     | InpaintingCard
@@ -164,7 +188,10 @@ OperatorCard = Annotated[
     | TomographyCard
     | HighDynamicRangeCard
     | NonlinearBlurCard
-    | PhaseRetrievalCard,
+    | PhaseRetrievalCard
+    | DenseCard
+    | IdentityCard
+    | ParityCard,
     Field(discriminator="type"),
 ]
 
@@ -184,12 +211,24 @@ class PoissonNoise(_Card):
     background: NotNegative = 1e-3
 
 
+class FlipNoise(_Card):
+    """Bits, each flipped with this probability."""
+
+    type: Literal["flips"]
+    probability: Annotated[float, Field(strict=True, ge=0.0, lt=0.5)]
+
+
 def _gaussian_unless_said(value: object) -> object:
     return {"type": "gaussian"} | dict(value) if isinstance(value, Mapping) else value
 
 
 Noise = Annotated[
     Annotated[GaussianNoise | PoissonNoise, Field(discriminator="type")], BeforeValidator(_gaussian_unless_said)
+]
+
+
+InstanceNoise = Annotated[
+    Annotated[GaussianNoise | FlipNoise, Field(discriminator="type")], BeforeValidator(_gaussian_unless_said)
 ]
 
 
@@ -211,6 +250,51 @@ class ProblemCard(_Card):
     noise: Noise
     data: ProblemData
     metrics: tuple[str, ...] = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage_90", "spread_skill")
+
+
+class MarkovChainTable(_Card):
+    """Markov chain of tokens, and the vector of each."""
+
+    type: Literal["MarkovChain"]
+    length: Count
+    initial: Row
+    transition: Matrix
+    codebook: Matrix | None = None
+
+
+class IsingTable(_Card):
+    """Ising spins on a grid (height, width), free boundaries."""
+
+    type: Literal["Ising"]
+    shape: tuple[Count, Count]
+    coupling: Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class ProductMixtureTable(_Card):
+    """Mixture of laws of independent tokens, (components, length, kinds); shape is that of the unknown."""
+
+    type: Literal["ProductMixture"]
+    weights: Row
+    probabilities: tuple[Matrix, ...]
+    codebook: Matrix | None = None
+    shape: tuple[Count, ...] | None = None
+
+
+PriorTable = Annotated[MarkovChainTable | IsingTable | ProductMixtureTable, Field(discriminator="type")]
+
+
+class InstanceCard(_Card):
+    """A problem with one fixed measurement and a prior of its own, under which its posterior is known."""
+
+    name: str
+    version: Index
+    title: str
+    description: str
+    prior: PriorTable
+    operator: OperatorCard
+    noise: InstanceNoise
+    measurement: Row
+    truth: Row
 
 
 class DataFile(_Card):
@@ -259,12 +343,12 @@ class DataCard(_Card):
         return self
 
 
-Card = ProblemCard | DataCard
+Card = ProblemCard | InstanceCard | DataCard
 MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard}
 """Priors' cards are plain: `invdiff.priors.loading.read_card`."""
 
 
-_UNIONS = {"operator", "kernel", "mask", "noise"}
+_UNIONS = {"operator", "kernel", "mask", "noise", "prior"}
 
 
 def _explain(error: ValidationError) -> str:
@@ -291,8 +375,9 @@ def validate(values: Mapping[str, Any], kind: str, where: str) -> Card:
     """
     if kind not in MODELS:
         raise CatalogueError.unknown("kind of card", kind, MODELS)
+    model = InstanceCard if kind == "problems" and "prior" in values else MODELS[kind]
     try:
-        return MODELS[kind].model_validate(dict(values))
+        return model.model_validate(dict(values))
     except ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}.") from None
 

@@ -53,6 +53,8 @@ def picture_problem(
     InvdiffError
         If the card, the picture or the operator's parameters are not what they should be.
     """
+    from invdiff.card_models import ProblemCard
+
     if request.noise is not None and "std" in noise:
         raise InputError("--noise and --set noise.std say the same thing; give one of them.")
     settings = {f"operator.{k}": v for k, v in operator.items()} | {f"noise.{k}": v for k, v in noise.items()}
@@ -60,6 +62,11 @@ def picture_problem(
         _refuse_photons(request, settings)
         settings["noise.std"] = request.noise
     card = read_problem_card(request.problem, settings)
+    if not isinstance(card, ProblemCard):
+        raise InputError(
+            f"{card.name} is no problem of pictures: it holds one measurement and brings a prior of its own. Solve it "
+            f"in Python: invdiff.solve({card.name!r}, {card.name!r}, draws=1000)."
+        )
     if request.image is None:
         if request.resize is not None:
             raise InputError("--resize is for a picture of your own; give one with --image.")

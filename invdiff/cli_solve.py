@@ -70,6 +70,7 @@ def _run(request: Request, shard: Shard, device: torch.device) -> None:
     from invdiff.cli_settings import apply, parse
     from invdiff.priors.diffusion import NetworkPrior
     from invdiff.priors.loading import load_prior
+    from invdiff.priors.masked_network import MaskedNetworkPrior
 
     lead, share = shard.rank == 0, shard.share(request.draws) if request.draws > 0 else 0
     console = Console(highlight=False, soft_wrap=True, quiet=not lead)
@@ -82,6 +83,8 @@ def _run(request: Request, shard: Shard, device: torch.device) -> None:
         check_writable(path)
     sampler = _named_sampler(request, settings["sampler"])
     prior = load_prior(request.prior)
+    if not isinstance(prior, NetworkPrior | MaskedNetworkPrior):
+        raise InputError(f"The prior of {request.prior} is one of tokens, not of pictures; use it in Python.")
     grey = not isinstance(prior, NetworkPrior) and prior.tokenizer is not None and prior.detokeniser.out_shape[0] == 1
     problem, lines = picture_problem(request, settings["operator"], settings["noise"], grey=grey)
     shape = tuple(problem.event[0].shape)

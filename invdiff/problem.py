@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator, fingerprint
 
 if TYPE_CHECKING:
-    from invdiff.card_models import ProblemCard
+    from invdiff.card_models import InstanceCard, ProblemCard
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +168,8 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
     card
         Name or path.
     index
-        Which of the data set's pictures; also seeds kernels, masks and noise where the card says so.
+        Which of the data set's pictures; also seeds kernels, masks and noise where the card says so. 0 for a problem
+        with one fixed measurement.
     data
         Folder of the data set's files, where they are not part of an installed package; environment variable
         INVDIFF_DATA if None.
@@ -182,10 +184,17 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
         If the card has a mistyped field, or the data are not there.
     """
     settings = {name.replace("__", "."): value for name, value in overrides.items()}
-    return problem_from_card(read_problem_card(card, settings), index, data=data)
+    found = read_problem_card(card, settings)
+    from invdiff.card_models import InstanceCard
+
+    return (
+        instance_from_card(found, index)
+        if isinstance(found, InstanceCard)
+        else problem_from_card(found, index, data=data)
+    )
 
 
-def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = None) -> "ProblemCard":
+def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = None) -> "ProblemCard | InstanceCard":
     """Card of a problem by name or path, some of its settings replaced by dotted name.
 
     Files that the card names are sought beside it; files in the settings, from the working folder.
@@ -197,7 +206,7 @@ def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = Non
     InputError
         If there is no card at a path, or a field is mistyped, missing or unknown.
     """
-    from invdiff.card_models import ProblemCard, override, read_values, validate
+    from invdiff.card_models import InstanceCard, ProblemCard, override, read_values, validate
     from invdiff.cards import find
 
     path = find("problems", card)
@@ -205,7 +214,7 @@ def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = Non
     _beside(values, path.parent)
     where = str(path) + (f" with {', '.join(f'{k} = {v!r}' for k, v in settings.items())}" if settings else "")
     found = validate(override(values, settings or {}), "problems", where)
-    assert isinstance(found, ProblemCard)
+    assert isinstance(found, ProblemCard | InstanceCard)
     return found
 
 
@@ -271,4 +280,45 @@ def problem_from_card(
         name=card.name,
         card=card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
         event=image_event((c, h, w)),
+    )
+
+
+def instance_from_card(card: "InstanceCard", index: int = 0) -> Problem:
+    """Make the problem of a card that holds its measurement; float64.
+
+    Its prior is ``load_prior`` of the same name.
+
+    Raises
+    ------
+    ShapeError
+        If operator, measurement and truth do not fit the prior's unknown.
+    InputError
+        If the index is not 0: there is one measurement.
+    """
+    from invdiff.card_models import card_hash
+    from invdiff.operators.from_card import operator_from_card
+    from invdiff.priors.from_card import prior_from_card
+
+    if index != 0:
+        raise InputError(f"{card.name} is one measurement, number 0; got {index}.")
+    shape = prior_from_card(card.prior).detokeniser.out_shape
+    operator = operator_from_card(card.operator, shape)
+    sizes = (len(card.measurement), len(card.truth))
+    if sizes != (prod(operator.out_shape), prod(shape)):
+        raise ShapeError(
+            f"{card.name} needs a measurement of {prod(operator.out_shape)} values and a truth of {prod(shape)}, got "
+            f"{sizes[0]} and {sizes[1]}."
+        )
+    y = torch.tensor(card.measurement, dtype=torch.float64).reshape(operator.out_shape)
+    noise = card.noise
+    likelihood: Likelihood = (
+        likelihoods.Gaussian(operator, y, noise.std)
+        if noise.type == "gaussian"
+        else likelihoods.BinarySymmetric(operator, y, noise.probability)
+    )
+    return Problem(
+        likelihood,
+        reference=torch.tensor(card.truth, dtype=torch.float64).reshape(shape),
+        name=card.name,
+        card=card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
     )

@@ -7,7 +7,7 @@ import torch
 from test_aps import F64, L, V, chain, dense
 from torch import Tensor
 
-from invdiff.diagnostics.discrete import chain_8, marginal_tv, measure_tokens
+from invdiff.diagnostics.discrete import marginal_tv, measure_tokens, named
 from invdiff.errors import CapabilityError, InputError, SamplingError, ShapeError
 from invdiff.likelihoods import Gaussian, Objective, Tabulated
 from invdiff.networks import MaskedTransformer
@@ -246,7 +246,7 @@ def test_training_brings_the_tilted_prior_towards_the_posterior(gradient):
 
 @pytest.mark.slow
 def test_what_the_files_say_of_the_chain():
-    case = chain_8()
+    case = named("chain-8")
     p = Posterior(case.problem, case.prior, dtype=F64)
     tilted, F = amortise(p, AmortiseSettings(seed=13))
     assert 7.0 < float(F[-50:].mean()) < 10.0

@@ -7,7 +7,7 @@ import torch
 from test_aps import F64, Bent, C, L, V, chain, dense
 from torch import Tensor
 
-from invdiff.diagnostics.discrete import PROBLEMS, chain_8, measure_tokens
+from invdiff.diagnostics.discrete import measure_tokens, named
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.likelihoods import BinarySymmetric
 from invdiff.noise import Noise
@@ -55,7 +55,7 @@ def test_a_step_is_that_of_plain_sums(order, every):
 @pytest.mark.parametrize("sampler", [AnchoredSMC(), AnchoredSMC(estimator="hard", inner_steps=4, every=3)])
 @pytest.mark.parametrize("name", ["chain-8", "parity-12"])
 def test_draws_and_evidence_are_exact_as_particles_grow(name, sampler):
-    case, seeds, n = PROBLEMS[name](), 12, 1000
+    case, seeds, n = named(name), 12, 1000
     solution = Posterior(case.problem, case.prior, dtype=F64).sample(sampler, n, chains=seeds, seed=4)
     figures = measure_tokens(solution, case)
     mean, se = figures.ratio
@@ -67,7 +67,7 @@ def test_draws_and_evidence_are_exact_as_particles_grow(name, sampler):
 
 
 def test_evidence_has_no_bias_with_few_particles():
-    case, chains = chain_8(), 600
+    case, chains = named("chain-8"), 600
     solution = Posterior(case.problem, case.prior, dtype=F64).sample(
         AnchoredSMC(inner_steps=3, threshold=1.0), 8, chains=chains, seed=5
     )

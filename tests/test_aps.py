@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from invdiff.diagnostics.discrete import PROBLEMS, Dense, chain_8, measure_tokens
+from invdiff.diagnostics.discrete import measure_tokens, named
 from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.likelihoods import Gaussian
 from invdiff.noise import Noise
+from invdiff.operators import Dense
 from invdiff.operators.base import Operator
 from invdiff.posterior import Posterior
 from invdiff.priors import MarkovChainPrior
@@ -204,7 +205,7 @@ def test_the_most_confident_tokens_are_kept():
 
 
 def test_weight_of_the_divergence_and_its_absence():
-    case = chain_8()
+    case = named("chain-8")
     p = Posterior(case.problem, case.prior, dtype=F64)
     tv = {k: float(measure_tokens(p.sample(APS(kl=k), 400, seed=1), case).marginal_tv[0]) for k in (0.0, 1.0)}
     # 400 exact draws have 0.03; without the divergence q forgets the prior.
@@ -214,7 +215,7 @@ def test_weight_of_the_divergence_and_its_absence():
 
 @pytest.mark.parametrize("sampler", [APS(steps=6), G2D2(steps=6)])
 def test_parity_checks_pull_draws_towards_what_was_measured(sampler):
-    case = PROBLEMS["parity-8"]()
+    case = named("parity-8")
     solution = Posterior(case.problem, case.prior, dtype=F64).sample(sampler, 300, seed=1)
     prior = case.problem.likelihood.log_prob(case.prior.decode(case.prior.sample(300, seed=2))).mean()
     drawn = case.problem.likelihood.log_prob(case.prior.decode(solution.tokens.reshape(-1, 12))).mean()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import invdiff
 from invdiff import samplers
-from invdiff.diagnostics.discrete import PROBLEMS, Dense, DiscreteProblem, chain_8, measure_tokens, parity
+from invdiff.diagnostics.discrete import PROBLEMS, DiscreteProblem, measure_tokens, named
 from invdiff.errors import CapabilityError, InputError, SamplingError, ShapeError
 from invdiff.likelihoods import BinarySymmetric, Gaussian, Objective
 from invdiff.noise import Noise
-from invdiff.operators import Affine, Parity, Reshape, Scale
+from invdiff.operators import Affine, Dense, Parity, Reshape, Scale
 from invdiff.operators.base import Operator
 from invdiff.posterior import Posterior
 from invdiff.priors import GaussianPrior, MarkovChainPrior, ProductMixturePrior
@@ -156,7 +156,7 @@ BOUNDS |= {"product-mixture-sums": (0.02, 0.1), "parity-8": (0.04, 0.12), "parit
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_twisted_particles_tend_to_the_enumerated_posterior(name):
-    case = PROBLEMS[name]()
+    case = named(name)
     solution = invdiff.solve(
         case.problem, case.prior, TwistedSMC(), draws=800, chains=3, seed=11, dtype=F64, micro_batch=8192
     )
@@ -175,7 +175,7 @@ OTHERS = [{"order": "entropy"}, {"lookahead": False}, {"twist": MomentMatched(in
 
 @pytest.mark.parametrize("settings", OTHERS)
 def test_any_order_and_any_twist_estimate_one_evidence(settings):
-    case = chain_8()
+    case = named("chain-8")
     sampler = TwistedSMC(**settings)
     solution = invdiff.solve(case.problem, case.prior, sampler, draws=500, chains=16, dtype=F64, micro_batch=8192)
     mean, se = measure_tokens(solution, case).ratio
@@ -231,7 +231,7 @@ def test_a_move_leaves_the_posterior_as_it_is(block):
 
 
 def test_walkers_tend_to_the_posterior_from_the_prior():
-    case = parity(8)
+    case = named("parity-8")
     solution = invdiff.solve(case.problem, case.prior, MaskedGibbs(steps=150), draws=1000, dtype=F64)
     assert float(measure_tokens(solution, case).marginal_tv[0]) < 2.0 * case.floor(1000)
     assert solution.about["evaluations_per_draw"] == 12 + 50 * (1 + 4 + 8)
@@ -241,7 +241,7 @@ def test_walkers_tend_to_the_posterior_from_the_prior():
 
 
 def test_a_stopped_chain_keeps_its_draws():
-    case = chain_8()
+    case = named("chain-8")
     solution = invdiff.solve(case.problem, case.prior, MaskedGibbs(steps=50), draws=3, max_evaluations=40)
     assert solution.about["stopped"]
     assert solution.draws.shape == (3, 8, 2)
@@ -251,7 +251,7 @@ def test_a_stopped_chain_keeps_its_draws():
 
 
 def test_a_solution_keeps_tokens_and_what_they_decode_to(tmp_path):
-    case = chain_8()
+    case = named("chain-8")
     solution = invdiff.solve(case.problem, case.prior, draws=20, chains=2, dtype=F64)
     assert solution.about["sampler"] == "TwistedSMC"
     assert solution.tokens.shape == solution.particle_tokens.shape == (2, 20, 8)

@@ -7,9 +7,9 @@ import torch
 from test_aps import F64, C, L, V, chain, dense
 from torch import Tensor
 
-from invdiff.diagnostics.discrete import Dense
 from invdiff.likelihoods import Gaussian
 from invdiff.noise import Noise
+from invdiff.operators import Dense
 from invdiff.posterior import Posterior
 from invdiff.priors import MarkovChainPrior
 from invdiff.problem import Problem

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import invdiff
 from invdiff import likelihoods, operators, samplers
-from invdiff.diagnostics.discrete import chain_8, measure_tokens
+from invdiff.diagnostics.discrete import measure_tokens, named
 from invdiff.driver import Cost, Sampler
 from invdiff.errors import CapabilityError, CatalogueError, InputError
 from invdiff.noise import Noise
@@ -142,7 +142,7 @@ def test_every_sampler_of_tokens_keeps_the_contract(cls):
     sampler, bound = MASKED_ENTRIES[cls]
     check_settings(sampler)
     assert "masked" in sampler.requires()
-    case = chain_8()
+    case = named("chain-8")
     posterior = Posterior(case.problem, case.prior, dtype=F64)
     solution = posterior.sample(sampler, 400, seed=2)
     assert float(measure_tokens(solution, case).marginal_tv[0]) < bound

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import invdiff
-from invdiff.diagnostics.discrete import Dense, measure_tokens, parity
+from invdiff.diagnostics.discrete import measure_tokens, named
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.likelihoods import BinarySymmetric, Gaussian
 from invdiff.noise import Noise
-from invdiff.operators import Parity, Reshape
+from invdiff.operators import Dense, Parity, Reshape
 from invdiff.posterior import Posterior
 from invdiff.priors import MarkovChainPrior, ProductMixturePrior
 from invdiff.priors.enumerated import every_sequence
@@ -154,7 +154,7 @@ def test_levels_fall_from_the_loosest_to_the_tightest():
 
 
 def test_the_limit_is_the_enumerated_posterior():
-    case = parity(8)
+    case = named("parity-8")
     few, many = (
         invdiff.solve(case.problem, case.prior, SGDD(steps=steps, mh_steps=15), draws=1000, dtype=F64)
         for steps in (3, 60)

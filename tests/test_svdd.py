@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import invdiff
-from invdiff.diagnostics.discrete import Dense, chain_8, measure_tokens
+from invdiff.diagnostics.discrete import measure_tokens, named
 from invdiff.errors import CapabilityError, InputError, SamplingError
 from invdiff.likelihoods import BinarySymmetric, Gaussian
 from invdiff.noise import Noise
-from invdiff.operators import Parity, Reshape
+from invdiff.operators import Dense, Parity, Reshape
 from invdiff.posterior import Posterior
 from invdiff.priors import MarkovChainPrior, ProductMixturePrior
 from invdiff.problem import Problem
@@ -92,7 +92,7 @@ def test_one_candidate_is_a_draw_of_the_prior():
 
 
 def test_the_bias_is_there_and_the_best_candidate_is_worse():
-    case = chain_8()
+    case = named("chain-8")
     figures = {
         settings: measure_tokens(
             invdiff.solve(case.problem, case.prior, SVDD(candidates=k, alpha=a), draws=1000, dtype=F64), case

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import invdiff
-from invdiff.diagnostics.discrete import PROBLEMS, DiscreteProblem, TokenFigures, marginal_tv, measure_tokens
+from invdiff.diagnostics.discrete import PROBLEMS, DiscreteProblem, TokenFigures, marginal_tv, measure_tokens, named
 from invdiff.errors import InputError
 from invdiff.noise import Noise, stream_key
 from invdiff.posterior import Posterior
@@ -161,7 +161,7 @@ def falls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def unmasking(*, quick: bool) -> list[dict[str, Any]]:
     """Count evaluations of parallel unmasking at several numbers of steps."""
-    prior, n = PROBLEMS["ising-4x4"]().prior, 200 if quick else 2000
+    prior, n = named("ising-4x4").prior, 200 if quick else 2000
     rows = []
     for steps in (1, 2, 4, 8, 16, 32, 64, 128):
         noise = Noise([stream_key(0, "unmasking", steps)], n, dtype=torch.float64)
@@ -178,7 +178,7 @@ def collect(*, quick: bool, only: Sequence[str] = (), samplers: Sequence[str] = 
     seeds = 4 if quick else SEEDS
     names = [name for name in PROBLEMS if not only or name in only]
     for name in names:
-        case = PROBLEMS[name]()
+        case = named(name)
         if not samplers:
             rows.append(exact_row(case, 4000, seeds))
         for label, given, draws in runs(name, quick=quick):
@@ -218,7 +218,7 @@ def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for key in ("quick", "seeds", "device", "dtype", "versions", "bounds"):
         if old[key] != new[key]:
             raise InputError(f"The file's {key} is {old[key]}, this run's is {new[key]}; run everything again.")
-    places = list(PROBLEMS)
+    places = PROBLEMS
     merged = new | {"about": {n: (old["about"] | new["about"])[n] for n in places if n in old["about"] | new["about"]}}
     again = {(r["problem"], r["sampler"]) for r in new["rows"]}
     kept = [r for r in old["rows"] if (r["problem"], r["sampler"]) not in again]
@@ -228,7 +228,7 @@ def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def about(name: str) -> str:
     """Size of a problem in words."""
-    case = PROBLEMS[name]()
+    case = named(name)
     length, V = case.prior.length, case.prior.vocabulary_size
     return f"{length} tokens of {V}, {V**length} sequences, {case.problem.likelihood.measurements} measured values"
 

@@ -7,23 +7,17 @@ r"""How right samplers of tokens are: named problems whose posteriors are enumer
 N exact draws leave a marginal TV of about sum_v sqrt(p_v (1 - p_v) / (2 pi N)), which is `floor`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import pi
 
 import torch
 from torch import Tensor
 
 from invdiff.errors import InputError
-from invdiff.likelihoods import BinarySymmetric
-from invdiff.noise import Noise, stream_key
-from invdiff.operators import Downsampling, LinearOperator, Parity, Reshape, Scale
-from invdiff.priors.chain import MarkovChainPrior
 from invdiff.priors.enumerated import EnumeratedPosterior, token_marginals
-from invdiff.priors.grid import IsingPrior
+from invdiff.priors.loading import load_prior
 from invdiff.priors.masked import ExactMaskedPrior
-from invdiff.priors.product_mixture import ProductMixturePrior
-from invdiff.problem import Problem
+from invdiff.problem import Problem, load_problem
 from invdiff.solution import Solution
 
 
@@ -50,96 +44,21 @@ class DiscreteProblem:
         return float((p * (1.0 - p) / (2.0 * pi * draws)).sqrt().sum(1).mean())
 
 
-class Dense(LinearOperator):
-    """A matrix on flattened inputs.
+def named(name: str) -> DiscreteProblem:
+    """Problem of a card that brings an exact prior, with its posterior.
 
-    Parameters
-    ----------
-    matrix
-        Shape (measured, inputs).
-    in_shape
-        Shape of the inputs.
+    Raises
+    ------
+    CatalogueError
+        If there is no such card, or it has no prior of its own.
     """
-
-    matrix: Tensor
-
-    def __init__(self, matrix: Tensor, in_shape: tuple[int, ...]) -> None:
-        super().__init__(in_shape, (len(matrix),))
-        self.register_buffer("matrix", matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the matrix."""
-        return x.flatten(1) @ self.matrix.to(x.dtype).mT
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Apply its transpose."""
-        return (y @ self.matrix.to(y.dtype)).reshape(-1, *self.in_shape)
-
-
-def _normal(name: str, *shape: int) -> Tensor:
-    noise = Noise([stream_key(0, name)], 1, dtype=torch.float64)
-    return noise.normal(noise.slots, shape)[0]
-
-
-def _uniform(name: str, *shape: int) -> Tensor:
-    noise = Noise([stream_key(0, name)], 1)
-    return noise.uniform(noise.slots, shape)[0]
-
-
-def _case(name: str, prior: ExactMaskedPrior, operator: LinearOperator, noise_std: float) -> DiscreteProblem:
-    truth = prior.decode(prior.sample(1, seed=1))
-    problem = Problem.simulate(operator, truth, noise_std=noise_std, seed=0, name=name)
+    problem, prior = load_problem(name), load_prior(name)
+    assert isinstance(prior, ExactMaskedPrior)
     return DiscreteProblem(name=name, prior=prior, problem=problem, exact=prior.posterior(problem.likelihood))
 
 
-def chain_8() -> DiscreteProblem:
-    """Markov chain of 8 tokens of 4, vectors in a plane; 5 dense linear combinations of them with noise 0.4."""
-    transition = torch.softmax(1.2 * _normal("chain transition", 4, 4), 1)
-    initial = torch.linalg.matrix_power(transition, 200)[0]
-    corners = torch.tensor([[1.0, 0.6], [1.0, -0.6], [-1.0, 0.6], [-1.0, -0.6]], dtype=torch.float64)
-    prior = MarkovChainPrior(initial, transition, 8, codebook=corners + 0.15 * _normal("chain codebook", 4, 2))
-    return _case("chain-8", prior, Dense(_normal("chain matrix", 5, 16) / sqrt(8.0), (8, 2)), 0.4)
-
-
-def ising_4x4() -> DiscreteProblem:
-    """Ising spins on 4 x 4, coupling 0.4; means of 2 x 2 blocks with noise 0.3."""
-    return _case("ising-4x4", IsingPrior((4, 4), 0.4), Downsampling((1, 4, 4), 2), 0.3)
-
-
-def product_mixture(measured: str) -> DiscreteProblem:
-    """Mixture of 3 product laws of 8 tokens of 3: levels, each measured with noise 0.8; or one-hot and 6 dense sums."""
-    theta = torch.softmax(1.5 * _normal("mixture theta", 3, 8, 3), 2)
-    levels = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64) if measured == "tokens" else None
-    prior = ProductMixturePrior(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), theta, codebook=levels)
-    if levels is not None:
-        return _case("product-mixture-tokens", prior, Scale((8, 1)), 0.8)
-    return _case("product-mixture-sums", prior, Dense(_normal("mixture matrix", 6, 24) / sqrt(8.0), (8, 3)), 0.4)
-
-
-def parity(checks: int) -> DiscreteProblem:
-    """12 fair bits; parities of 3, 2, 3 and 1 of them in turn, of which one in ten is flipped."""
-    bits = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    prior = ProductMixturePrior.uniform(12, 2, codebook=bits, detokeniser=Reshape((12, 1), (12,)))
-    name = f"parity-{checks}"
-    rank = _uniform("parity members", 12, 12)[:checks].argsort(1).argsort(1)
-    sizes = torch.tensor([3, 2, 3, 1]).repeat(3)[:checks]
-    operator = Parity((rank < sizes[:, None]).double())
-    truth = prior.decode(prior.sample(1, seed=1))
-    flips = (_uniform("parity flips", 12)[:checks] < 0.1).double()
-    y = (operator(truth)[0] - flips).abs()
-    problem = Problem(BinarySymmetric(operator, y, 0.1), reference=truth[0], name=name)
-    return DiscreteProblem(name=name, prior=prior, problem=problem, exact=prior.posterior(problem.likelihood))
-
-
-PROBLEMS: dict[str, Callable[[], DiscreteProblem]] = {
-    "chain-8": chain_8,
-    "ising-4x4": ising_4x4,
-    "product-mixture-tokens": lambda: product_mixture("tokens"),
-    "product-mixture-sums": lambda: product_mixture("sums"),
-    "parity-8": lambda: parity(8),
-    "parity-12": lambda: parity(12),
-}
-"""The named problems."""
+PROBLEMS = ("chain-8", "ising-4x4", "product-mixture-tokens", "product-mixture-sums", "parity-8", "parity-12")
+"""Cards of the named problems."""
 
 
 @dataclass(frozen=True, kw_only=True)

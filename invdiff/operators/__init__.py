@@ -6,6 +6,7 @@ from invdiff.operators.blur import Blur
 from invdiff.operators.coil_maps import birdcage_maps
 from invdiff.operators.composition import Affine, Scale
 from invdiff.operators.compressed_sensing import CompressedSensing
+from invdiff.operators.dense import Dense
 from invdiff.operators.downsampling import Downsampling
 from invdiff.operators.high_dynamic_range import HighDynamicRange
 from invdiff.operators.inpainting import Inpainting, box_mask, random_mask
@@ -26,6 +27,7 @@ __all__ = [
     "Affine",
     "Blur",
     "CompressedSensing",
+    "Dense",
     "Downsampling",
     "HighDynamicRange",
     "Inpainting",

@@ -1,4 +1,4 @@
-"""Operators from cards: kernels and masks that a card names, drawn by seed or read from a picture."""
+"""Operators from cards: kernels and masks that a card names, drawn by seed or read from a picture, and matrices."""
 
 from math import prod
 from pathlib import Path
@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from invdiff.errors import InputError
+from invdiff.errors import InputError, ShapeError
 from invdiff.operators.base import Operator
 from invdiff.operators.blur import Blur
+from invdiff.operators.composition import Scale
 from invdiff.operators.compressed_sensing import CompressedSensing
+from invdiff.operators.dense import Dense
 from invdiff.operators.downsampling import Downsampling
 from invdiff.operators.high_dynamic_range import HighDynamicRange
 from invdiff.operators.inpainting import Inpainting, box_mask, random_mask
 from invdiff.operators.kernels import gaussian_kernel, motion_kernel
 from invdiff.operators.nonlinear_blur import NonlinearBlur
+from invdiff.operators.parity import Parity
 from invdiff.operators.phase_retrieval import PhaseRetrieval
 from invdiff.operators.tomography import Tomography
 
@@ -28,11 +31,12 @@ if TYPE_CHECKING:
         GaussianKernel,
         MotionKernel,
         OperatorCard,
+        ParityCard,
         RandomMask,
     )
 
 
-def operator_from_card(card: "OperatorCard", shape: tuple[int, int, int], index: int = 0) -> Operator:
+def operator_from_card(card: "OperatorCard", shape: tuple[int, ...], index: int = 0) -> Operator:
     """Build the operator that a card describes.
 
     Parameters
@@ -40,17 +44,40 @@ def operator_from_card(card: "OperatorCard", shape: tuple[int, int, int], index:
     card
         The card's section ``[operator]``.
     shape
-        Shape (c, h, w) of one input.
+        Shape of one input; (c, h, w) of a picture.
     index
         Seeds what is random and whose card gives no seed: ``index`` modulo the card's number of seeds.
 
     Raises
     ------
     ShapeError
-        If a kernel, mask or factor does not fit the shape.
+        If a kernel, mask, factor or matrix does not fit the shape.
     InputError
         If a kernel's or mask's file is missing, no picture, or holds nothing; or the operator refuses a value.
     """
+    if card.type == "Identity":
+        return Scale(shape)
+    if card.type == "Dense":
+        return Dense(torch.tensor(card.matrix, dtype=torch.float64), shape)
+    if card.type == "Parity":
+        return _parity(card, shape)
+    if len(shape) != 3:
+        raise ShapeError(f"{card.type} takes pictures (c, h, w), and the unknown has the shape {tuple(shape)}.")
+    c, h, w = shape
+    return _of_pictures(card, (c, h, w), index)
+
+
+def _parity(card: "ParityCard", shape: tuple[int, ...]) -> Operator:
+    bits = prod(shape)
+    checks = torch.zeros(len(card.checks), bits, dtype=torch.float64)
+    for row, members in zip(checks, card.checks, strict=True):
+        if max(members, default=0) >= bits:
+            raise ShapeError(f"A check takes bit {max(members)}, and there are {bits}, counted from 0.")
+        row[list(members)] = 1.0
+    return Parity(checks, shape)
+
+
+def _of_pictures(card: "OperatorCard", shape: tuple[int, int, int], index: int) -> Operator:
     if card.type == "Blur":
         return Blur(kernel_from_card(card.kernel, index), shape, boundary=card.boundary)
     if card.type == "Inpainting":
@@ -74,6 +101,7 @@ def operator_from_card(card: "OperatorCard", shape: tuple[int, int, int], index:
             knee=card.knee,
             boundary=card.boundary,
         )
+    assert card.type == "PhaseRetrieval"
     return PhaseRetrieval(shape, card.oversampling)
 
 

@@ -1,4 +1,7 @@
-"""Trained priors on disk: a folder with the card ``prior.toml`` and half-precision weights whose sha256 it holds."""
+"""Priors by name: trained ones on disk, and the exact ones of problems that bring their own.
+
+A trained prior is a folder with the card ``prior.toml`` and half-precision weights whose sha256 the card holds.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +14,7 @@ from invdiff.errors import CatalogueError, InputError
 from invdiff.networks.unet import UNet
 from invdiff.priors.diffusion import NetworkPrior
 from invdiff.priors.frequency_table import FrequencyTable
+from invdiff.priors.masked import ExactMaskedPrior
 from invdiff.priors.masked_loading import MASKED_FAMILY, MaskedCard, load_masked_prior, read_masked_card
 from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.priors.stored import check_fields, read_text, read_weights, write_prior
@@ -104,14 +108,20 @@ def _folder(name_or_path: str | Path) -> Path:
     return found if found.is_dir() else found.parent
 
 
-def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior:
-    """Load a trained prior by its name in the catalogue, or from its folder or card.
+def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior | ExactMaskedPrior:
+    """Load a prior by its name in the catalogue, or from its folder or card.
 
-    The weights are stored in half precision and computed with in the card's dtype; they are frozen.
+    The weights of a trained one are stored in half precision and computed with in the card's dtype; they are frozen.
+
+    Parameters
+    ----------
+    name_or_path
+        A trained prior; or a problem that brings its own, as ``"chain-8"`` does.
 
     Returns
     -------
-        A diffusion prior, or a masked one for a card of the family "masked-transformer".
+        A diffusion prior, a masked one for a card of the family "masked-transformer", or the exact masked prior of a
+        problem.
 
     Raises
     ------
@@ -122,9 +132,33 @@ def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior:
     InputError
         If the card is wrong, or the weights do not fit its network.
     """
+    own = _of_a_problem(name_or_path)
+    if own is not None:
+        return own
     folder = _folder(name_or_path)
     card = read_card(folder / "prior.toml")
     return load_masked_prior(folder, card) if isinstance(card, MaskedCard) else load_network_prior(folder, card)
+
+
+def _of_a_problem(name_or_path: str | Path) -> ExactMaskedPrior | None:
+    """Make the prior of a problem's card that has one; None if the name or path is of something else."""
+    from invdiff import cards
+
+    path = Path(name_or_path)
+    known = str(name_or_path) not in cards.names("priors") and str(name_or_path) in cards.names("problems")
+    if not known and not (path.suffix == ".toml" and path.name != "prior.toml" and path.is_file()):
+        return None
+    from invdiff.card_models import InstanceCard
+    from invdiff.card_models import read_card as read_problem
+    from invdiff.priors.from_card import prior_from_card
+
+    card = read_problem(cards.find("problems", name_or_path), "problems")
+    if not isinstance(card, InstanceCard):
+        raise CatalogueError(
+            f"{name_or_path} is a problem without a prior of its own; take a trained one: "
+            f"{', '.join(cards.names('priors'))}."
+        )
+    return prior_from_card(card.prior)
 
 
 def read_card(path: Path) -> TrainedCard | MaskedCard:

@@ -12,7 +12,7 @@ keeps the first ratio below 1 / d. Without a proposal q^ = c, and what is left i
 
 Exact as particles grow. `AnchoredSMC` fits such a proposal anew for every particle; here it is paid for once, before
 the run, and then costs a pass of a small network a token. How good it is differs from one training to the next.
-Measured on `diagnostics.discrete.chain_8` with 512 particles, 16 runs, for three trainings with the defaults of
+Measured on the problem `chain-8` with 512 particles, 16 runs, for three trainings with the defaults of
 `training.amortise`, beside the prior as the proposal:
 
     marginal TV                                          0.061, 0.071, 0.042   prior 0.082   (exact draws 0.023)

@@ -18,7 +18,7 @@ likelihood of a draw is zero, straight-through sees no slope, and the score func
 of the batch.
 
 What the network makes by itself is biased, in no limit exact: weigh it by `samplers.AmortisedSMC`. Measured on
-`diagnostics.discrete.chain_8`, where -log p(y) is 6.61 nats: marginal TV of its own draws 0.11, 0.13 and 0.08 in three
+the problem `chain-8`, where -log p(y) is 6.61 nats: marginal TV of its own draws 0.11, 0.13 and 0.08 in three
 trainings with the defaults (the prior's: 0.38), and F 8.8, 9.0 and 8.2. The defaults are the best of the settings of
 600 steps that were tried on the same problem, judged by one other training. The score function, in 600 steps of 128
 paths at half the learning rate, came to a lower F, 8.0, with draws that are worse, TV 0.30: a divergence in this
