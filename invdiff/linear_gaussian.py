@@ -10,7 +10,7 @@ from torch import Tensor
 from invdiff.errors import CapabilityError
 from invdiff.likelihoods import Gaussian, Likelihood
 from invdiff.operators.base import SVD, LinearOperator, Operator
-from invdiff.operators.composition import Affine, LinearComposition
+from invdiff.operators.composition import Affine, LinearComposition, Shifted
 from invdiff.operators.solvers import Graphs, conjugate_gradient
 from invdiff.priors.base import Curvature, half_multiplicity
 
@@ -312,6 +312,8 @@ def linear_gaussian(likelihood: Likelihood, decoder: Operator | None) -> LinearG
         if decoder.offset:
             y = y - A(torch.full((1, *A.in_shape), decoder.offset, dtype=y.dtype, device=y.device))
         decoder = None if decoder.scale == 1.0 else decoder.linear
+    if isinstance(decoder, Shifted):
+        y, decoder = y - A(decoder.offset[None].to(y)), decoder.linear
     if decoder is None:
         return LinearGaussian(A, y, likelihood.noise_std)
     if isinstance(decoder, LinearOperator):

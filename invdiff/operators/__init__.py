@@ -4,9 +4,10 @@ from invdiff.operators import adapters
 from invdiff.operators.base import SVD, LinearOperator, Operator
 from invdiff.operators.blur import Blur
 from invdiff.operators.coil_maps import birdcage_maps
-from invdiff.operators.composition import Affine, Scale
+from invdiff.operators.composition import Affine, Scale, Shifted
 from invdiff.operators.compressed_sensing import CompressedSensing
 from invdiff.operators.dense import Dense
+from invdiff.operators.diagonal import Diagonal
 from invdiff.operators.downsampling import Downsampling
 from invdiff.operators.high_dynamic_range import HighDynamicRange
 from invdiff.operators.inpainting import Inpainting, box_mask, random_mask
@@ -20,6 +21,8 @@ from invdiff.operators.reshape import Reshape
 from invdiff.operators.separable import Separable
 from invdiff.operators.stacking import Stack, stack
 from invdiff.operators.tomography import Tomography
+from invdiff.operators.wavelet import InverseWaveletTransform, WaveletTransform
+from invdiff.operators.window import Window
 
 __all__ = [
     "MRI",
@@ -28,9 +31,11 @@ __all__ = [
     "Blur",
     "CompressedSensing",
     "Dense",
+    "Diagonal",
     "Downsampling",
     "HighDynamicRange",
     "Inpainting",
+    "InverseWaveletTransform",
     "LinearOperator",
     "NonlinearBlur",
     "Operator",
@@ -40,8 +45,11 @@ __all__ = [
     "Reshape",
     "Scale",
     "Separable",
+    "Shifted",
     "Stack",
     "Tomography",
+    "WaveletTransform",
+    "Window",
     "adapters",
     "bicubic_kernel",
     "birdcage_maps",

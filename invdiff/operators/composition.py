@@ -38,6 +38,40 @@ class Affine(Operator):
         return Scale(self.in_shape, self.scale)
 
 
+class Shifted(Operator):
+    """The affine map ``x = L z + offset``, as out of a prior's normalised latent space.
+
+    Parameters
+    ----------
+    linear
+        L.
+    offset
+        Real values that broadcast to L's outputs. A constant: no gradient flows into it.
+
+    Raises
+    ------
+    ShapeError
+        If the offset does not broadcast.
+    """
+
+    offset: Tensor
+
+    def __init__(self, linear: LinearOperator, offset: Tensor) -> None:
+        super().__init__(linear.in_shape, linear.out_shape)
+        self.linear = linear
+        try:
+            offset = offset.detach().double().expand(linear.out_shape)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"An offset of shape {tuple(offset.shape)} does not broadcast to the outputs {linear.out_shape}."
+            ) from error
+        self.register_buffer("offset", offset.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the map."""
+        return self.linear(x) + self.offset.to(x.dtype)
+
+
 class Scale(LinearOperator):
     """Multiplication by a scalar that is not zero; ``Scale(shape)`` is the identity."""
 
