@@ -1,6 +1,7 @@
 """Measurement operators: what an instrument does to the truth before noise is added."""
 
 from invdiff.operators import adapters
+from invdiff.operators.band_rows import BandRows
 from invdiff.operators.base import SVD, LinearOperator, Operator
 from invdiff.operators.blur import Blur
 from invdiff.operators.coil_maps import birdcage_maps
@@ -22,12 +23,14 @@ from invdiff.operators.separable import Separable
 from invdiff.operators.stacking import Stack, stack
 from invdiff.operators.tomography import Tomography
 from invdiff.operators.wavelet import InverseWaveletTransform, WaveletTransform
+from invdiff.operators.wavelet_decoder import WaveletDecoder
 from invdiff.operators.window import Window
 
 __all__ = [
     "MRI",
     "SVD",
     "Affine",
+    "BandRows",
     "Blur",
     "CompressedSensing",
     "Dense",
@@ -48,6 +51,7 @@ __all__ = [
     "Shifted",
     "Stack",
     "Tomography",
+    "WaveletDecoder",
     "WaveletTransform",
     "Window",
     "adapters",

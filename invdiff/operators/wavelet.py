@@ -138,16 +138,15 @@ class _Pyramid:
         return tuple(a + b for a, b in zip(self._starts[level], self.sides[level + 2], strict=True))
 
     def places(self) -> dict[tuple[int, str], Place]:
-        """Place of every band of one channel, (2^k, *grid), by level (1 is the finest) and name."""
+        """Place of every band of one channel, (2^k, *grid), by level (1 is the finest) and name; the lowest first."""
         names = ["".join("ad"[h] for h in high) for high in product((0, 1), repeat=self.axes)]
-        found: dict[tuple[int, str], Place] = {}
-        for band, name in enumerate(names[1:], start=1):
-            found[1, name] = (band, *map(slice, self.sides[1]))
-        for level in range(1, self.levels):
+        found: dict[tuple[int, str], Place] = {(self.levels, names[0]): (0, *map(slice, self.sides[self.levels]))}
+        for level in reversed(range(1, self.levels)):
             for name in names[1:]:
                 high = [letter == "d" for letter in name]
                 found[level + 1, name] = (0, *_block(high, self._starts[level - 1], self.sides[level + 1]))
-        found[self.levels, names[0]] = (0, *map(slice, self.sides[self.levels]))
+        for band, name in enumerate(names[1:], start=1):
+            found[1, name] = (band, *map(slice, self.sides[1]))
         return found
 
     def norms(self, which: int) -> float | None:
@@ -211,22 +210,30 @@ class _Wavelet(LinearOperator):
     def places(self) -> dict[tuple[int, str], Place]:
         """Place of every band in the coefficients of one channel, (2^axes, *grid), by level (1 is the finest) and name.
 
-        Names have a letter an axis: a for the low band, d for the high one.
+        Names have a letter an axis: a for the low band, d for the high one. The lowest band comes first, then the others
+        from the coarsest level on.
         """
         return self._pyramid.places()
 
-    def by_band(self, values: Float[Tensor, "*c bands"]) -> Tensor:
+    def by_band(self, values: Float[Tensor, "*c bands"], fill: float = 1.0) -> Tensor:
         r"""Coefficients that are one value a band: a number for each of `places`, in its order.
 
         Parameters
         ----------
         values
             Shape (bands,), or (channels, bands) for channels of their own.
+        fill
+            Value where there is no coefficient.
 
         Returns
         -------
         Tensor
-            Of the coefficients' shape; 1 where there is no coefficient.
+            Of the coefficients' shape.
+
+        Raises
+        ------
+        ShapeError
+            If the values are not as many as the bands.
         """
         pyramid, places = self._pyramid, list(self.places.values())
         channels = prod(pyramid.lead)
@@ -235,7 +242,7 @@ class _Wavelet(LinearOperator):
                 f"Give {len(places)} values, or ({channels}, {len(places)}), one a band; got {tuple(values.shape)}."
             )
         values = values.expand(channels, -1)
-        out = values.new_ones(channels, pyramid.bands, *pyramid.grid)
+        out = values.new_full((channels, pyramid.bands, *pyramid.grid), fill)
         for i, place in enumerate(places):
             out[(slice(None), *place)] = values[:, i].reshape(-1, *[1] * pyramid.axes)
         return out.reshape(pyramid.out_shape)

@@ -3,6 +3,7 @@
 from invdiff.priors import adapters
 from invdiff.priors.base import Curvature, DiffusionPrior, MaskedPrior
 from invdiff.priors.chain import MarkovChainPrior
+from invdiff.priors.conditional import ConditionalPrior
 from invdiff.priors.diffusion import NetworkPrior
 from invdiff.priors.field import FieldPrior
 from invdiff.priors.frequency_table import FrequencyTable
@@ -14,8 +15,10 @@ from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.priors.mixture import MixturePrior
 from invdiff.priors.product_mixture import ProductMixturePrior
 from invdiff.priors.tiled import TiledPrior
+from invdiff.priors.wavelet import WaveletPrior, gaussian_wavelet_prior
 
 __all__ = [
+    "ConditionalPrior",
     "Curvature",
     "DiffusionPrior",
     "FieldPrior",
@@ -31,6 +34,8 @@ __all__ = [
     "PottsPrior",
     "ProductMixturePrior",
     "TiledPrior",
+    "WaveletPrior",
     "adapters",
+    "gaussian_wavelet_prior",
     "load_prior",
 ]
