@@ -32,6 +32,18 @@ def test_rows_do_what_their_peers_do():
         operators_rows.row("motion blur 61, valid", 32, CPU)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ptwt's own
+def test_wavelets_of_all_libraries_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in operators_rows.names() if n.startswith("wavelets")]:
+        shape, entries = operators_rows.row(name, 20, CPU)
+        assert set(entries) == {"invdiff", "PyWavelets", "ptwt"}
+        x = torch.randn(2, *shape, generator=generator)
+        ours = entries["invdiff"].calls["forward"](x)
+        for entry in entries.values():
+            torch.testing.assert_close(entry.calls["forward"](x), ours, rtol=1e-4, atol=1e-5)
+
+
 def test_files_hold_what_was_timed(tmp_path, capsys):
     out, page, figure = tmp_path / "o.json", tmp_path / "o.md", tmp_path / "o.png"
     with warnings.catch_warnings(action="ignore", category=UserWarning):

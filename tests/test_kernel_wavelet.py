@@ -71,8 +71,8 @@ def test_compiled_sums(mode, monkeypatch):
     """Rows, short lines and long lines, odd and even, longer and shorter than the filters, in both directions."""
     poison(monkeypatch)
     for name in SOME:
-        for length in (2, 3, 9, 40, 41, 261):
-            for inner in (1, 3):
+        for length in (2, 9, 40, 41, 261):
+            for inner in (1, 3, 17) if length == 9 else (1, 17):
                 x = rand(2, 3, length, inner, seed=length)
                 expected = np.stack(pywt.dwt(x.numpy(), name, mode, axis=2), 1)
                 again = pywt.idwt(expected[:, 0], expected[:, 1], name, mode, axis=2)[:, :, :length]

@@ -27,6 +27,7 @@ from invdiff.bench.operators_rows import CALLS, Call, names, row
 from invdiff.bench.operators_table import plot, table
 from invdiff.errors import InvdiffError
 
+_MODULES = {"pywavelets": "pywt"}
 _RING = 3
 _MARGIN = 12
 """Copies of a batch that the slowest way may need at once."""
@@ -129,7 +130,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {p: version(p) for p in ("deepinv", "triton", "numba") if find_spec(p)},
+        | {
+            p: version(p) for p in ("deepinv", "triton", "numba", "ptwt", "pywavelets") if find_spec(_MODULES.get(p, p))
+        },
         "cells": [],
         "left_out": [],
     }

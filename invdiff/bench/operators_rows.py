@@ -1,9 +1,11 @@
-"""What the benchmark of operators times: invdiff's operators, deepinv's and plain PyTorch's, with the same calls."""
+"""What the benchmark of operators times: invdiff's, other libraries' and plain PyTorch's, with the same calls."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from invdiff.operators import (
     Downsampling,
     HighDynamicRange,
     Inpainting,
+    InverseWaveletTransform,
     LinearOperator,
     Operator,
     PhaseRetrieval,
     Tomography,
+    WaveletTransform,
     cartesian_mask,
     gaussian_kernel,
     motion_kernel,
@@ -66,6 +70,11 @@ def _operators(size: int) -> Iterator[tuple[str, Callable[[], Operator]]]:
         yield f"down-sampling {factor}, bicubic", partial(Downsampling, shape, factor)
     yield "tomography, 60 angles", lambda: Tomography((1, size, size), 60)
     yield "phase retrieval, 2x", lambda: PhaseRetrieval(shape, 2.0)
+    volume = (1, 16, size, size)
+    yield "wavelets db4, 2-D", lambda: WaveletTransform(shape, mode="symmetric")
+    yield "wavelets db4, 2-D, inverse", lambda: InverseWaveletTransform(shape, mode="symmetric")
+    yield "wavelets db4, 3-D", lambda: WaveletTransform(volume, mode="symmetric")
+    yield "wavelets db4, 3-D, inverse", lambda: InverseWaveletTransform(volume, mode="symmetric")
     yield "MRI, 4x", lambda: MRI(cartesian_mask((size, size), 4.0), (2, size, size))
 
 
@@ -131,6 +140,51 @@ def _deepinv(row: str, size: int, device: torch.device) -> dict[str, Entry]:
     return {}
 
 
+def _wavelets(A: Operator, device: torch.device) -> dict[str, Entry]:
+    """PyWavelets, on a CPU and without an adjoint, and ptwt; the same coefficients in the same places."""
+    ptwt: Any = import_module("ptwt")
+    pywt: Any = import_module("pywt")
+    assert isinstance(A, (WaveletTransform, InverseWaveletTransform))
+    names, axes = ["".join(letters) for letters in product("ad", repeat=A.axes)], tuple(range(-A.axes, 0))
+    if isinstance(A, WaveletTransform):
+
+        def theirs(x: Tensor) -> Tensor:
+            c = pywt.dwtn(x.numpy(), A.wavelet, A.mode, axes)
+            return torch.stack([torch.from_numpy(c[name]) for name in names], 2).flatten(1, 2)
+
+        def torchs(x: Tensor) -> Tensor:
+            if A.axes == 3:
+                low, high = ptwt.wavedec3(x, A.wavelet, mode=A.mode, level=1)
+                c = {names[0]: low, **high}
+            else:
+                low, (da, ad, dd) = ptwt.wavedec2(x, A.wavelet, mode=A.mode, level=1)
+                c = {"aa": low, "ad": ad, "da": da, "dd": dd}
+            return torch.stack([c[name] for name in names], 2).flatten(1, 2)
+
+    else:
+
+        def bands(x: Tensor) -> tuple[Tensor, ...]:
+            return x.reshape(len(x), A.out_shape[0], -1, *x.shape[2:]).unbind(2)
+
+        def theirs(x: Tensor) -> Tensor:
+            c = {name: band.numpy() for name, band in zip(names, bands(x), strict=True)}
+            return torch.from_numpy(pywt.idwtn(c, A.wavelet, A.mode, axes))
+
+        def torchs(x: Tensor) -> Tensor:
+            c = dict(zip(names, bands(x), strict=True))
+            low = c.pop(names[0])
+            if A.axes == 3:
+                volume: Tensor = ptwt.waverec3((low, c), A.wavelet)
+                return volume
+            picture: Tensor = ptwt.waverec2((low, ptwt.WaveletDetailTuple2d(c["da"], c["ad"], c["dd"])), A.wavelet)
+            return picture
+
+    entries = {"ptwt": Entry({"forward": torchs}, "its default")}
+    if device.type == "cpu":
+        entries["PyWavelets"] = Entry({"forward": theirs}, "one thread, compiled")
+    return entries
+
+
 def _plain(row: str, size: int, device: torch.device) -> dict[str, Entry]:
     """Lines that one writes without a library; the gradient by autograd."""
     f: Call
@@ -180,6 +234,8 @@ def row(name: str, size: int, device: torch.device) -> tuple[tuple[int, ...], di
     """
     A = dict(_operators(size))[name]().to(device)
     entries = {"invdiff": _ours(A, device), **_plain(name, size, device)}
-    if find_spec("deepinv") is not None:
+    if name.startswith("wavelets"):
+        entries |= _wavelets(A, device)
+    elif find_spec("deepinv") is not None:
         entries |= _deepinv(name, size, device)
     return A.in_shape, entries

@@ -210,8 +210,8 @@ class _Wavelet(LinearOperator):
     def places(self) -> dict[tuple[int, str], Place]:
         """Place of every band in the coefficients of one channel, (2^axes, *grid), by level (1 is the finest) and name.
 
-        Names have a letter an axis: a for the low band, d for the high one. The lowest band comes first, then the others
-        from the coarsest level on.
+        Names have a letter an axis: a for the low band, d for the high one. The lowest band comes first, then the
+        others from the coarsest level on.
         """
         return self._pyramid.places()
 

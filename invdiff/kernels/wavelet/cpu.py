@@ -1,7 +1,7 @@
 """Filter banks compiled for a CPU: every output is a weighted sum of rows of the input.
 
-Where other axes follow the one that is transformed its rows are contiguous. Where none does, short lines are laid
-across, `_LANES` side by side, and back afterwards; long ones go to `invdiff.kernels.wavelet.cpu_lines`.
+Where other axes follow the one that is transformed its rows are contiguous. Where none does, or few values do, lines
+are laid across, `_LANES` side by side, and back afterwards; long ones go to `invdiff.kernels.wavelet.cpu_lines`.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,8 @@ _LONG, _FEW = 100, 18
 """Least pairs of outputs of a long line, of which at most one in `_FEW` is at its ends: measured, 8 taps, float32."""
 _LANES = 128
 """Short lines that are worked on together."""
+_NARROW = 16
+"""Rows with fewer values are taken as lines."""
 _LEAST = 500_000
 """Products below which a part is not worth a thread."""
 
@@ -99,6 +101,7 @@ def _across() -> Callable[..., None]:
         planes: int,
         length: int,
         m: int,
+        inner: int,
         start: int,
         stop: int,
     ) -> None:
@@ -109,33 +112,35 @@ def _across() -> Callable[..., None]:
             first = item * _LANES
             n = min(_LANES, total - first)
             for lane in range(n):
-                line = first + lane
-                signal, low = line * length, (line // planes * 2 * planes + line % planes) * m
+                block, part = (first + lane) // inner, (first + lane) % inner
+                signal = block * length * inner + part
+                low = (block // planes * 2 * planes + block % planes) * m * inner + part
+                high = low + planes * m * inner
                 if split:
                     for i in range(length):
-                        beside[np.uint64(i * _LANES + lane)] = x[np.uint64(signal + i)]
+                        beside[np.uint64(i * _LANES + lane)] = x[np.uint64(signal + i * inner)]
                 else:
-                    high = low + planes * m
                     for i in range(m):
-                        beside[np.uint64(i * _LANES + lane)] = x[np.uint64(low + i)]
+                        beside[np.uint64(i * _LANES + lane)] = x[np.uint64(low + i * inner)]
                     for i in range(m):
-                        beside[np.uint64((m + i) * _LANES + lane)] = x[np.uint64(high + i)]
+                        beside[np.uint64((m + i) * _LANES + lane)] = x[np.uint64(high + i * inner)]
             for row in range(outputs):
                 for t in range(count[row]):
                     at[t] = index[row, t] * _LANES
                 accumulate(result[row * _LANES : row * _LANES + n], beside, at, weights[row], count[row])
             for lane in range(n):
-                line = first + lane
-                signal, low = line * length, (line // planes * 2 * planes + line % planes) * m
+                block, part = (first + lane) // inner, (first + lane) % inner
+                signal = block * length * inner + part
+                low = (block // planes * 2 * planes + block % planes) * m * inner + part
+                high = low + planes * m * inner
                 if split:
-                    high = low + planes * m
                     for i in range(m):
-                        out[np.uint64(low + i)] = result[np.uint64(i * _LANES + lane)]
+                        out[np.uint64(low + i * inner)] = result[np.uint64(i * _LANES + lane)]
                     for i in range(m):
-                        out[np.uint64(high + i)] = result[np.uint64((m + i) * _LANES + lane)]
+                        out[np.uint64(high + i * inner)] = result[np.uint64((m + i) * _LANES + lane)]
                 else:
                     for i in range(length):
-                        out[np.uint64(signal + i)] = result[np.uint64(i * _LANES + lane)]
+                        out[np.uint64(signal + i * inner)] = result[np.uint64(i * _LANES + lane)]
 
     return cast(Callable[..., None], across)
 
@@ -145,16 +150,13 @@ def _apply(x: Tensor, out: Tensor, tables: list[Tensor], sizes: tuple[int, int, 
         planes, length, m, inner = sizes
         pairs = m if split else (length + 1) // 2
         arrays = [t.numpy() for t in (x.detach().contiguous().view(-1), out.view(-1), *tables[:3])]
+        lines, (first, last) = x.shape[0] * planes, tables[3].tolist()
         rest: tuple[int, ...]
-        if inner == 1:
-            lines, (first, last) = x.shape[0] * planes, tables[3].tolist()
-            if pairs >= _LONG and _FEW * (pairs - last + first) <= pairs:
-                kernel, items, rest = split_lines() if split else merge_lines(), lines, (first, last, planes, length, m)
-            else:
-                kernel, items, rest = _across(), -(-lines // _LANES), (split, lines, planes, length, m)
-        else:
-            items = x.shape[0] * planes * -(-inner // _CHUNK) * -(-pairs // _BLOCK)
-            kernel, rest = _rows(), (split, *sizes)
+        kernel, items, rest = _rows(), lines * -(-inner // _CHUNK) * -(-pairs // _BLOCK), (split, *sizes)
+        if inner == 1 and pairs >= _LONG and _FEW * (pairs - last + first) <= pairs:
+            kernel, items, rest = split_lines() if split else merge_lines(), lines, (first, last, planes, length, m)
+        elif inner == 1 or (inner < _NARROW and length <= _CHUNK):
+            kernel, items, rest = _across(), -(-lines * inner // _LANES), (split, lines * inner, *sizes)
         least = max(1, _LEAST * items // (out.numel() * tables[0].shape[1]))
         share(kernel, items, *arrays, *rest, least=least)
     return out
