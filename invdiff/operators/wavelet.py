@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError
-from invdiff.kernels.wavelet import Bank, Mode, banks, check_mode, coefficients, filters, merge, split
+from invdiff.kernels.wavelet import Bank, Mode, banks, check_mode, coefficients, filter_bank, merge, split
 from invdiff.operators.base import SVD, LinearOperator
 from invdiff.operators.caches import Cache
 
@@ -54,7 +54,7 @@ class _Pyramid:
                 f"(c, height, width); got {shape} and axes={axes}."
             )
         check_mode(mode)
-        taps = filters(wavelet)[0]
+        taps = filter_bank(wavelet)[0]
         self.shape, self.wavelet, self.levels, self.mode, self.axes = shape, wavelet, levels, mode, axes
         sides, size = shape[-axes:], taps.shape[1]
         most = max(1, int(log2(max(1.0, min(sides) / (size - 1)))))
@@ -189,7 +189,7 @@ def _merge_level(c: Tensor, made: list[Bank], sides: Sequence[int]) -> Tensor:
 
 def _orthonormal(wavelet: str) -> bool:
     """Whether the filters and their even shifts are orthonormal, and the synthesis is the transpose, to rounding."""
-    dec, rec = filters(wavelet)
+    dec, rec = filter_bank(wavelet)
     size = dec.shape[1]
     shifts = torch.stack([dec.roll(2 * s, 1) * (torch.arange(size) >= 2 * s) for s in range(size // 2)])
     gram = torch.einsum("bf,scf->sbc", dec, shifts)
@@ -197,7 +197,17 @@ def _orthonormal(wavelet: str) -> bool:
     return float(gram.abs().max()) < 1e-11 and float((dec - rec.flip(1)).abs().max()) < 1e-14
 
 
-class _Wavelet(LinearOperator):
+class WaveletOperator(LinearOperator):
+    """What both directions share: where bands lie in the coefficients, and numbers by band.
+
+    Parameters
+    ----------
+    pyramid
+        Sizes, places and filter banks.
+    in_shape, out_shape
+        Shapes of one input and one output.
+    """
+
     _one: Tensor
 
     def __init__(self, pyramid: _Pyramid, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
@@ -258,7 +268,7 @@ class _Wavelet(LinearOperator):
 
 
 @final
-class WaveletTransform(_Wavelet):
+class WaveletTransform(WaveletOperator):
     """Wavelet coefficients of signals, pictures or volumes, in one tensor whose bands are channels.
 
     How levels and bands are packed is said at the head of this module.
@@ -324,7 +334,7 @@ class WaveletTransform(_Wavelet):
 
 
 @final
-class InverseWaveletTransform(_Wavelet):
+class InverseWaveletTransform(WaveletOperator):
     """Signals of wavelet coefficients: the inverse of the `WaveletTransform` with the same parameters.
 
     Parameters

@@ -16,10 +16,10 @@ from torch import Tensor
 from invdiff.errors import InputError, ShapeError
 from invdiff.kernels import plain, version
 from invdiff.kernels.wavelet import reference
-from invdiff.kernels.wavelet.filters import Mode, Triplets, check_mode, coefficients, filters, matrices
+from invdiff.kernels.wavelet.filters import Mode, Triplets, check_mode, coefficients, filter_bank, matrices
 from invdiff.kernels.wavelet.taps import merge_run, split_run, taps
 
-__all__ = ["Bank", "Mode", "banks", "check_mode", "coefficients", "filters", "merge", "split"]
+__all__ = ["Bank", "Mode", "banks", "check_mode", "coefficients", "filter_bank", "merge", "split"]
 
 
 @final

@@ -13,29 +13,25 @@ from typing import Any, cast
 def accumulation() -> Callable[..., None]:
     """Return ``accumulate(y, x, at, w, count)``: y becomes the sum of w[t] x[at[t] : at[t] + len(y)] over t < count."""
     import numba
+    import numpy as np
 
-    # No `inline`: one compiled body serves all kernels. Sums may be reassociated, so that they are made in vectors.
+    # Sums may be reassociated, so that they are made in vectors. Unsigned indices need no check for negative ones.
     @numba.njit(nogil=True, fastmath={"reassoc", "contract"})
     def accumulate(y: Any, x: Any, at: Any, w: Any, count: int) -> None:
-        n = len(y)
         y[:] = 0
         t = 0
-        while t + 8 <= count:
-            a, b, c, d = x[at[t] :][:n], x[at[t + 1] :][:n], x[at[t + 2] :][:n], x[at[t + 3] :][:n]
-            e, f, g, h = x[at[t + 4] :][:n], x[at[t + 5] :][:n], x[at[t + 6] :][:n], x[at[t + 7] :][:n]
-            wa, wb, wc, wd, we, wf, wg, wh = w[t], w[t + 1], w[t + 2], w[t + 3], w[t + 4], w[t + 5], w[t + 6], w[t + 7]
-            for i in range(n):
-                y[i] += wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i] + we * e[i] + wf * f[i] + wg * g[i] + wh * h[i]
-            t += 8
-        while t + 2 <= count:
-            a, b, wa, wb = x[at[t] :][:n], x[at[t + 1] :][:n], w[t], w[t + 1]
-            for i in range(n):
-                y[i] += wa * a[i] + wb * b[i]
-            t += 2
-        if t < count:
-            a, wa = x[at[t] :][:n], w[t]
-            for i in range(n):
-                y[i] += wa * a[i]
+        while t + 4 <= count:
+            a, b, c, d = at[t], at[t + 1], at[t + 2], at[t + 3]
+            wa, wb, wc, wd = w[t], w[t + 1], w[t + 2], w[t + 3]
+            for i in range(len(y)):
+                low = wa * x[np.uint64(a + i)] + wb * x[np.uint64(b + i)]
+                y[i] += low + wc * x[np.uint64(c + i)] + wd * x[np.uint64(d + i)]
+            t += 4
+        while t < count:
+            a, wa = at[t], w[t]
+            for i in range(len(y)):
+                y[i] += wa * x[np.uint64(a + i)]
+            t += 1
 
     return cast(Callable[..., None], accumulate)
 

@@ -23,11 +23,11 @@ Mode = Literal["zero", "constant", "symmetric", "reflect", "periodic", "periodiz
 """What lies beyond the ends of a signal a, b, ..., y, z: 0 0; z z; z y; y x; a b; and a b on an even length, for which
 an odd signal repeats its last value."""
 
+# Rows, columns and values (k,) of a sparse matrix; places named twice add up.
 Triplets = tuple[Tensor, Tensor, Tensor]
-"""Rows, columns and values (k,) of a sparse matrix; places named twice add up."""
 
 
-def filters(wavelet: str) -> tuple[Float[Tensor, "2 f"], Float[Tensor, "2 f"]]:
+def filter_bank(wavelet: str) -> tuple[Float[Tensor, "2 f"], Float[Tensor, "2 f"]]:
     """Return the low and high filters of a wavelet's analysis and of its synthesis, float64.
 
     Parameters
@@ -71,7 +71,7 @@ def matrices(length: int, wavelet: str, mode: str) -> tuple[int, Triplets, Tripl
     length
         Values N of the signal, at least one.
     wavelet, mode
-        Names, as for `filters` and in `Mode`.
+        Names, as for `filter_bank` and in `Mode`.
 
     Returns
     -------
@@ -85,7 +85,7 @@ def matrices(length: int, wavelet: str, mode: str) -> tuple[int, Triplets, Tripl
     InputError
         If the length is not positive.
     """
-    dec, rec = filters(wavelet)
+    dec, rec = filter_bank(wavelet)
     size = dec.shape[1]
     m = coefficients(length, size, mode)
     shift = size // 2 if mode == "periodization" else 1
