@@ -1,16 +1,12 @@
 """Wavelet filter banks against PyWavelets in float64: every basis and boundary, adjoints, gradients, Triton."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import pywt
 import torch
+from processes import check_alone, has_gpu, has_triton
 
 from invdiff import kernels
 from invdiff.errors import CatalogueError, InputError, ShapeError
@@ -18,7 +14,6 @@ from invdiff.kernels import wavelet as room
 from invdiff.kernels.wavelet import Bank, banks, cpu, merge, reference, split
 from invdiff.kernels.wavelet.filters import Mode
 
-HERE = Path(__file__).parent
 MODES = get_args(Mode)
 SOME = ("haar", "db4", "sym5", "bior1.3", "bior2.4", "rbio3.5")
 CPU = torch.device("cpu")
@@ -229,24 +224,8 @@ def check_gathers(device: str) -> None:
         torch.empty = empty
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
-def test_triton_in_the_interpreter():
-    # In a process of its own: Triton reads the variable when it is imported.
-    done = subprocess.run(
-        [sys.executable, "-c", "from test_kernel_wavelet import check_gathers\ncheck_gathers('cpu')\nprint('same')\n"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "same\n", done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_on_the_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "ON_GPU", {"wavelet"})
-    check_gathers("cuda")
+def check_transforms() -> None:
+    """Whole transforms on the GPU in single precision against double."""
     cuda = torch.empty(0, device="cuda").device
     for length, inner in ((256, 1), (250, 60), (3000, 1)):
         analysis, synthesis = banks(length, "db4", "symmetric", torch.float32, cuda)
@@ -254,3 +233,17 @@ def test_triton_on_the_gpu(monkeypatch):
         c = split(x.float().cuda(), analysis)
         assert error(c.cpu(), split(x, pair(length)[0])) < 1e-6
         assert error(merge(c, synthesis).cpu(), x) < 1e-5
+
+
+@has_triton
+def test_triton_in_the_interpreter():
+    check_alone("from test_kernel_wavelet import check_gathers\ncheck_gathers('cpu')", interpret=True)
+
+
+@pytest.mark.gpu
+@has_gpu
+def test_triton_on_the_gpu():
+    script = (
+        "from test_kernel_wavelet import check_gathers, check_transforms\ncheck_gathers('cuda')\ncheck_transforms()"
+    )
+    check_alone(script, interpret=False)
