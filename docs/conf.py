@@ -38,6 +38,7 @@ TABLES = {
     "decoded_64": "decoded",
     "ensembles": "ensembles",
     "phase_modes": "phase_modes",
+    "operators_h100": "operators",
     "imaging_64": "imaging",
     "imaging_256": "imaging",
     "imaging_300": "imaging",

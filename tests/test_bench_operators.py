@@ -8,7 +8,7 @@ import torch
 
 from invdiff.bench import operators, operators_rows
 from invdiff.bench.operators_table import table
-from invdiff.errors import ShapeError
+from invdiff.errors import InputError, ShapeError
 
 CPU = torch.device("cpu")
 
@@ -75,3 +75,18 @@ def test_a_deadline_stops_it(tmp_path):
     report = json.loads(out.read_text())
     assert report["cells"] == []
     assert report["left_out"] == ["inpainting, 16, batch 1: the deadline passed"]
+
+
+def test_files_of_one_device_are_joined(tmp_path):
+    parts = [tmp_path / "0.json", tmp_path / "1.json"]
+    for part, size in zip(parts, (16, 24), strict=True):
+        words = f"--out {part} --device cpu --sizes {size} --batches 1 --rows inpainting --calls forward --seconds 0.01"
+        operators.main(words.split())
+    out, page = tmp_path / "o.json", tmp_path / "t.md"
+    operators.main(f"--merge {parts[0]} {parts[1]} --out {out} --sizes 24 --table {page}".split())
+    assert [c["size"] for c in json.loads(out.read_text())["cells"]] == [16, 24]
+    assert "### 24 x 24, batch 1" in page.read_text()
+    assert "### 16 x 16" not in page.read_text()
+    parts[1].write_text(json.dumps(json.loads(parts[1].read_text()) | {"device": "another"}))
+    with pytest.raises(InputError, match="differ in device"):
+        operators.main(f"--merge {parts[0]} {parts[1]} --out {out}".split())

@@ -2,6 +2,7 @@
 
     python -m invdiff.bench.ensembles --out one.json --table one.md --device cuda --precision bfloat16 --compile
     torchrun --nproc-per-node=2 -m invdiff.bench.ensembles --out two.json --device cuda --precision bfloat16 --compile
+    python -m invdiff.bench.ensembles --merge one.json two.json --out both.json --table both.md
 
 Box inpainting of a smooth picture by ``TransportLangevin`` without weights, for several numbers of particles. The
 second of two runs is timed, between barriers; the network alone runs as often, on a process's share, in the same
@@ -22,7 +23,7 @@ import torch
 
 import invdiff
 from invdiff import peers
-from invdiff.bench.rounds import write
+from invdiff.bench.rounds import join, write
 from invdiff.likelihoods import Gaussian
 from invdiff.operators import Inpainting, box_mask
 from invdiff.parallel import ALONE, Shard
@@ -150,7 +151,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=tuple(PRECISIONS))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--merge", type=Path, nargs="+", help="files of several runs to join in --out; runs nothing")
     options = parser.parse_args(arguments)
+    if options.merge:
+        joined = join(options.merge, ("rows",))
+        write(options.out, joined)
+        if options.table is not None:
+            options.table.write_text(table(joined, options.out.as_posix()))
+        return
     with processes(options.device) as (shard, place):
         options.place = place
         prior: Any = load_prior(options.prior).to(place)

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from invdiff.bench.operators_rows import CALLS, Call, names, row
 from invdiff.bench.operators_table import plot, table
+from invdiff.bench.rounds import join
 from invdiff.errors import InvdiffError
 
 _MODULES = {"pywavelets": "pywt"}
+SIZES, BATCHES = [64, 128, 256, 512], [1, 16, 256]
 _RING = 3
 _MARGIN = 12
 """Copies of a batch that the slowest way may need at once."""
@@ -138,8 +140,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     wanted = [n for n in names() if not options.rows or any(r.lower() in n.lower() for r in options.rows)]
     with torch.no_grad():
-        for size in options.sizes:
-            for batch in options.batches:
+        for size in options.sizes or SIZES:
+            for batch in options.batches or BATCHES:
                 for name in wanted:
                     key = f"{name}, {size}, batch {batch}"
                     if time.monotonic() > end:
@@ -161,8 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="invdiff.bench.operators", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 256])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--batches", type=int, nargs="+", help=f"{BATCHES} if not given")
+    parser.add_argument("--sizes", type=int, nargs="+", help=f"{SIZES} if not given")
     parser.add_argument("--rows", nargs="+", default=[], metavar="PART", help="rows whose name holds one of these")
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--seconds", type=float, default=0.5, help="time for one cell of the table")
@@ -170,13 +172,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--table", type=Path, default=None, help="write a table in Markdown")
     parser.add_argument("--plot", type=Path, default=None, help="draw time against size")
-    parser.add_argument("--report", action="store_true", help="only draw what --out holds already")
+    parser.add_argument("--merge", type=Path, nargs="+", help="files of several runs to join in --out; runs nothing")
+    parser.add_argument("--report", action="store_true", help="only draw what --out holds already, of these sizes")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = json.loads(options.out.read_text()) if options.report else run(options)
+    if options.merge:
+        report = join(options.merge, ("cells", "left_out"))
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    else:
+        report = json.loads(options.out.read_text()) if options.report else run(options)
     if options.table:
-        options.table.write_text(table(report))
+        cells = [c for c in report["cells"] if c["size"] in (options.sizes or [c["size"]])]
+        cells = [c for c in cells if c["batch"] in (options.batches or [c["batch"]])]
+        options.table.write_text(table(report | {"cells": cells}))
     if options.plot:
         plot(report, options.plot)
 

@@ -13,7 +13,9 @@ def _number(us: float) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: a table a size and batch, in microseconds, with the ratio to deepinv's fastest and the share of a copy.
+    """Markdown: a table a size and batch, in microseconds, with the ratio to the fastest peer and the share of a copy.
+
+    The peers are deepinv, each way that it has, and for wavelets ptwt and PyWavelets.
 
     Parameters
     ----------
@@ -24,24 +26,26 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [f"{report['device']}, {report['threads']} CPU threads, {report['dtype']}; {versions}."]
     for size, batch in sorted({(c["size"], c["batch"]) for c in report["cells"]}):
         lines += ["", f"### {size} x {size}, batch {batch}", ""]
-        lines.append("| operator | call | invdiff, us | deepinv, us | torch, us | deepinv / invdiff | copy / invdiff |")
+        lines.append("| operator | call | invdiff, us | peer, us | torch, us | peer / invdiff | copy / invdiff |")
         lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
         for c in report["cells"]:
             if (c["size"], c["batch"]) != (size, batch):
                 continue
             times = c["median_us"]
             ours, torchs = times["invdiff"], times.get("torch")
-            peers = [v for k, v in times.items() if k.startswith("deepinv")]
+            peers = [v for k, v in times.items() if k.startswith(("deepinv", "ptwt", "pywavelets"))]
             cells = [_number(ours), _number(min(peers)) if peers else "", _number(torchs) if torchs else ""]
             cells += [f"{min(peers) / ours:.2g}" if peers else "", f"{times['copy'] / ours:.2g}"]
             lines.append(f"| {c['row']} | {_CALLS[c['call']]} | " + " | ".join(cells) + " |")
     if report["left_out"]:
-        lines += ["", "Left out: " + "; ".join(report["left_out"]) + "."]
+        late = [key for key in report["left_out"] if key.endswith("the deadline passed")]
+        others = [key for key in report["left_out"] if key not in late]
+        lines += ["", f"Left out: {len(late)} for the deadline" + "".join(f"; {key}" for key in others) + "."]
     return "\n".join(lines) + "\n"
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the time of a pixel against the number of pixels, one panel a row, invdiff and its peers.
+    """Draw the time of a pixel against the number of pixels, one panel a row, invdiff and its peers; forward only.
 
     Parameters
     ----------
@@ -57,6 +61,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     high = -(-max(1, len(rows)) // wide)
     figure = Figure(figsize=(3.6 * wide, 2.8 * high), layout="constrained")
     axes = figure.subplots(high, wide, squeeze=False, sharex=True)
+    libraries = [k for k in dict.fromkeys(k for c in report["cells"] for k in c["median_us"]) if k != "copy"]
+    colours = {library: f"C{i}" for i, library in enumerate(libraries)}
     for axis, name in zip(axes.flat, rows, strict=False):
         points: dict[str, list[tuple[int, float]]] = {}
         for c in report["cells"]:
@@ -65,8 +71,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
                 for library, us in c["median_us"].items():
                     points.setdefault(library, []).append((pixels, 1e3 * us / pixels))
         for library, values in points.items():
-            style = "k:" if library == "copy" else "o-"
-            axis.loglog(*zip(*sorted(values), strict=True), style, markersize=3, label=library)
+            best: dict[int, float] = {}  # of several sizes and batches with as many pixels
+            for pixels, each in values:
+                best[pixels] = min(each, best.get(pixels, each))
+            style, colour = (":", "black") if library == "copy" else ("o-", colours[library])
+            axis.loglog(*zip(*sorted(best.items()), strict=True), style, color=colour, markersize=3, label=library)
         axis.set_title(name, fontsize="small")
     for axis in axes[:, 0]:
         axis.set_ylabel("ns a pixel of a picture")
@@ -74,6 +83,6 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("pixels in a batch")
     for axis in list(axes.flat)[len(rows) :]:
         axis.set_visible(False)
-    if rows:
-        axes[0, 0].legend(fontsize="x-small")
+    shown = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)

@@ -201,3 +201,20 @@ def merge(
                 raise InputError(f"{path} holds {r['contender']} on {r['task']} again; leave one of the files out.")
             rows[key] = r | (own if "failed" not in r else {})
     write(out, first | {"processes": processes or len(parts), "rows": [rows[key] for key in sorted(rows)]})
+
+
+def join(parts: Sequence[Path], lists: Sequence[str]) -> dict[str, Any]:
+    """Join the lists of reports that agree in all else: runs on one kind of device.
+
+    Raises
+    ------
+    InputError
+        If they differ, in the device or the versions, say.
+    """
+    reports: list[dict[str, Any]] = [json.loads(p.read_text()) for p in parts]
+    first = reports[0]
+    for path, other in zip(parts, reports, strict=True):
+        odd = [k for k in first if k not in lists and other.get(k) != first[k]]
+        if odd:
+            raise InputError(f"{path} and {parts[0]} differ in {', '.join(odd)}; join files of one device.")
+    return first | {key: [row for r in reports for row in r[key]] for key in lists}

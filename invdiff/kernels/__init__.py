@@ -1,6 +1,5 @@
 """Kernels: a folder each, with a reference in plain PyTorch and faster versions of one signature for some devices."""
 
-from functools import cache
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Literal, Self, final, get_args
@@ -62,9 +61,7 @@ def chosen() -> Choice:
     return _choice
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None  # asked once: what compiles a model cannot follow the question
 
 
 def plain(x: Tensor) -> bool:
@@ -88,5 +85,5 @@ def version(kernel: str, x: Tensor) -> Version:
     if _choice == "reference":
         return "reference"
     if x.is_cuda:
-        return "gpu" if kernel in ON_GPU and _has_triton() else "reference"
+        return "gpu" if kernel in ON_GPU and _HAS_TRITON else "reference"
     return "cpu" if x.device.type == "cpu" else "reference"

@@ -76,6 +76,14 @@ class Inpainting(LinearOperator):
         """Picture with zeros at the missing entries: (n, m) -> (n, c, h, w)."""
         return pixelwise.spread(y, self._index, self._place).reshape(-1, *self.in_shape)
 
+    def prox(self, x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
+        """Closed form, since A A^T = I: x + w / (1 + w) A^T (y - A x)."""
+        w: float | Tensor = float(weight) if not isinstance(weight, Tensor) else weight.to(x)
+        step = w / (1.0 + w)
+        if isinstance(step, Tensor) and step.ndim:
+            step = step[:, None]
+        return x + self.adjoint(step * (y - self.forward(x)))
+
     def misfit_and_grad(self, x: Tensor, y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Chi-square of the residuals and the log-density's gradient in one pass; see `invdiff.operators.Pixelwise`."""
         chi2, grad = pixelwise.misfit(x.flatten(1), y, std, self._index, self._place)
