@@ -77,7 +77,7 @@ class Inpainting(LinearOperator):
         return pixelwise.spread(y, self._index, self._place).reshape(-1, *self.in_shape)
 
     def prox(self, x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
-        """Closed form, since A A^T = I: x + w / (1 + w) A^T (y - A x)."""
+        """Return the proximal step in closed form, since A A^T = I: x + w / (1 + w) A^T (y - A x)."""
         w: float | Tensor = float(weight) if not isinstance(weight, Tensor) else weight.to(x)
         step = w / (1.0 + w)
         if isinstance(step, Tensor) and step.ndim:
