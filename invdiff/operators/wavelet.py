@@ -34,7 +34,7 @@ _DENSE = 1024  # longest axis whose matrix is decomposed for the norm
 Place = tuple[int | slice, ...]
 
 
-class _Pyramid:
+class Pyramid:
     """Sizes, places and filter banks of a transform of several levels.
 
     Parameters
@@ -210,7 +210,7 @@ class WaveletOperator(LinearOperator):
 
     _one: Tensor
 
-    def __init__(self, pyramid: _Pyramid, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
+    def __init__(self, pyramid: Pyramid, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> None:
         super().__init__(in_shape, out_shape)
         self.wavelet, self.levels, self.mode, self.axes = pyramid.wavelet, pyramid.levels, pyramid.mode, pyramid.axes
         self._pyramid = pyramid
@@ -305,7 +305,7 @@ class WaveletTransform(WaveletOperator):
         mode: Mode = "periodization",
         axes: int | None = None,
     ) -> None:
-        pyramid = _Pyramid(shape, wavelet, levels, mode, axes)
+        pyramid = Pyramid(shape, wavelet, levels, mode, axes)
         super().__init__(pyramid, pyramid.shape, pyramid.out_shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -356,7 +356,7 @@ class InverseWaveletTransform(WaveletOperator):
         mode: Mode = "periodization",
         axes: int | None = None,
     ) -> None:
-        pyramid = _Pyramid(shape, wavelet, levels, mode, axes)
+        pyramid = Pyramid(shape, wavelet, levels, mode, axes)
         super().__init__(pyramid, pyramid.out_shape, pyramid.shape)
 
     def forward(self, x: Tensor) -> Tensor:
