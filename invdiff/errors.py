@@ -44,5 +44,9 @@ class SamplingError(InvdiffError, RuntimeError):
         self.partial = partial
 
 
+class SolverError(InvdiffError, RuntimeError):
+    """The solution of a differential equation is not finite; the message says when and where."""
+
+
 class PeerError(SamplingError):
     """Another process of a distributed run failed, or is lost; the message says which where it is known."""
