@@ -49,27 +49,29 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
 
     @numba.njit(nogil=True, fastmath=fast)
     def back(p: Any, a: Any, s: Any, g: Any, out: Any, numbers: Any, N: int, periodic: bool) -> None:
-        """Out (N) = J(p)^T a for the slope at padded averages p, whose ends are set; s and g are scratch (N + 4)."""
+        """Set out (N) to J(p)^T a for the slope at padded averages p, whose ends are set.
+
+        a is (N + 2) with zeros at its ends. s and g (N + 7) are scratch: what the faces' fluxes say of the values v and
+        the gradients at the faces, shifted by 3, zero beyond.
+        """
         twelfth, per_12h, nu, per_h = numbers[0], numbers[1], numbers[2], numbers[3]
         seven, fifteen = numbers[5], numbers[6]
-        # What a face's flux changes: F_i = ... - q_{i+1} / h + q_i / h. Faces are shifted by 3, and zero beyond.
-        for i in range(3):
-            s[i] = s[N + 4 + i] = g[i] = g[N + 4 + i] = per_h * 0
+        s[:3] = s[N + 4 :] = g[:3] = g[N + 4 :] = 0
+        pa, pb, pc, pd = p[: N + 1], p[1 : N + 2], p[2 : N + 3], p[3 : N + 4]
+        low, high, sv, gv = a[: N + 1], a[1 : N + 2], s[3 : N + 4], g[3 : N + 4]
         for i in range(N + 1):
-            low = a[i - 1] if i > 0 else per_h * 0
-            high = a[i] if i < N else per_h * 0
-            bar = (high - low) * per_h
-            v = (seven * (p[i + 1] + p[i + 2]) - (p[i] + p[i + 3])) * twelfth
-            s[i + 3], g[i + 3] = v * bar * twelfth, -nu * bar * per_12h
-        # Padded value j enters the faces j - 3 (as d), j - 2 (c), j - 1 (b) and j (a).
+            bar = (high[i] - low[i]) * per_h
+            v = (seven * (pb[i] + pc[i]) - (pa[i] + pd[i])) * twelfth
+            sv[i], gv[i] = v * bar * twelfth, -nu * bar * per_12h
+        # A padded value j enters the faces j - 3 (as d), j - 2 (c), j - 1 (b) and j (a).
+        sd, sc, sb, sa = s[2 : N + 2], s[3 : N + 3], s[4 : N + 4], s[5 : N + 5]
+        gd, gc, gb, ga = g[2 : N + 2], g[3 : N + 3], g[4 : N + 4], g[5 : N + 5]
+        for i in range(N):
+            out[i] = seven * (sc[i] + sb[i]) - (sd[i] + sa[i]) + fifteen * (gc[i] - gb[i]) - (gd[i] - ga[i])
         pad0 = -s[3] + g[3]
         pad1 = seven * s[3] - s[4] - fifteen * g[3] + g[4]
         top1 = -s[N + 3] - g[N + 3]
         top0 = seven * s[N + 3] - s[N + 2] + fifteen * g[N + 3] - g[N + 2]
-        for i in range(N):
-            j = i + 2
-            out[i] = seven * (s[j + 1] + s[j + 2]) - (s[j] + s[j + 3])
-            out[i] += fifteen * (g[j + 1] - g[j + 2]) - (g[j] - g[j + 3])
         if periodic:
             out[N - 2] += pad0
             out[N - 1] += pad1
@@ -141,8 +143,16 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
         repeat, kind = N // points, states.dtype
         w, q, total = np.empty(N + 4, kind), np.empty(N + 1, kind), np.empty(N, kind)
         y = np.empty((4, N + 4), kind)
-        k, fine, g, a, z = np.empty(N, kind), np.empty(N, kind), np.empty(N, kind), np.empty(N, kind), np.empty(N, kind)
-        fs, s, r = np.empty(N, kind), np.empty(N + 7, kind), np.empty(N + 7, kind)
+        k, fine, g, z, fs = (
+            np.empty(N, kind),
+            np.empty(N, kind),
+            np.empty(N, kind),
+            np.empty(N, kind),
+            np.empty(N, kind),
+        )
+        padded, s, r = np.zeros(N + 2, kind), np.empty(N + 7, kind), np.empty(N + 7, kind)
+        a = padded[1 : N + 1]
+        y1, y2, y3 = y[1, 2 : N + 2], y[2, 2 : N + 2], y[3, 2 : N + 2]
         for n in range(start, stop):
             g[:] = bar[n, windows]
             for t in range(windows - 1, -1, -1):
@@ -151,32 +161,35 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
                 half, third, sixth = dt / 2, dt / 3, dt / 6
                 kept = np.empty((count, N + 4), kind)
                 kept[0, 2 : N + 2] = states[n, t]
+                fs[:] = 0
                 for i in range(N):
                     fine[i] = f[n, t, i // repeat]
-                    fs[i] = 0
                 for m in range(count - 1):
                     kept[m + 1] = kept[m]
                     step(kept[m + 1], w, fine, q, k, total, dt, numbers, N, periodic)
                 for m in range(count - 1, -1, -1):
                     y[0] = kept[m]
+                    y0 = kept[m, 2 : N + 2]
                     slope(y[0], fine, q, k, numbers, N, periodic)
                     for i in range(N):
-                        y[1, i + 2] = y[0, i + 2] + half * k[i]
+                        y1[i] = y0[i] + half * k[i]
                     slope(y[1], fine, q, k, numbers, N, periodic)
                     for i in range(N):
-                        y[2, i + 2] = y[0, i + 2] + half * k[i]
+                        y2[i] = y0[i] + half * k[i]
                     slope(y[2], fine, q, k, numbers, N, periodic)
                     for i in range(N):
-                        y[3, i + 2] = y[0, i + 2] + dt * k[i]
+                        y3[i] = y0[i] + dt * k[i]
                     ends(y[3], N, periodic)
+                    # w_4 = J_4^T a_4 with a_4 = dt/6 g, then a_3 = dt/3 g + dt w_4, a_2 = dt/3 g + dt/2 w_3, ...
                     total[:] = g
+                    z[:] = 0
                     for stage in range(3, -1, -1):
                         weight = sixth if stage == 0 or stage == 3 else third
                         carry = dt if stage == 2 else half
                         for i in range(N):
-                            a[i] = weight * g[i] + (carry * z[i] if stage < 3 else dt * 0)
+                            a[i] = weight * g[i] + carry * z[i]
                             fs[i] += a[i]
-                        back(y[stage], a, s, r, z, numbers, N, periodic)
+                        back(y[stage], padded, s, r, z, numbers, N, periodic)
                         for i in range(N):
                             total[i] += z[i]
                     g[:] = total
@@ -185,8 +198,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
                     for i in range(1, repeat):
                         found += fs[j * repeat + i]
                     f_bar[n, t, j] = found
-                for i in range(N):
-                    g[i] += bar[n, t, i]
+                g += bar[n, t]
             u_bar[n] = g
 
     return forward, backward
