@@ -186,13 +186,17 @@ def test_the_last_step_returns_the_denoised_state():
     ],
 )
 def test_the_bias_is_what_the_file_states(steps, variance, whitened, mass, mean):
-    """The same noise stream as when it was measured, so that the figures differ by their rounding alone."""
+    """The noise enters in the operator's singular basis, whose signs differ between processors: 400 other draws."""
     cases = field_problems()[: len(variance)]
     report = check_sampler(DDRM(), problems=cases, steps=[steps], draws=400)
     rows = [row[0] for row in report.rows.values()]
     for i, row in enumerate(rows):
-        found = (row.variance_ratio, row.whitened, row.mass, row.mean_error / math.sqrt(400))
-        assert found == pytest.approx((variance[i], whitened[i], mass[i], mean[i]), abs=6e-3)
+        # Four standard errors as if a field had 8 values of equal weight (few large modes have most of its variance),
+        # and the rounding of the figures.
+        assert row.variance_ratio == pytest.approx(variance[i], rel=4 * math.sqrt(2 / (400 * 8)), abs=5e-3)
+        assert row.whitened == pytest.approx(whitened[i], rel=4 * math.sqrt(2 / (400 * 8)), abs=5e-3)
+        assert row.mass == pytest.approx(mass[i], abs=4 * math.sqrt(0.25 / (400 * 8)))
+        assert row.mean_error / math.sqrt(400) == pytest.approx(mean[i], abs=4 / math.sqrt(400 * 2 * 8) + 5e-3)
     assert report.failures, "these figures would pass as exact"
 
 

@@ -247,14 +247,15 @@ def test_solve_weighs_every_candidate_only_where_they_are_few():
     problem = invdiff.Problem.simulate(invdiff.operators.Scale((1, 28, 28)), x, noise_std=0.1, seed=0)
     posterior = Posterior(problem, shipped)
     sampler, reason = choose_sampler(posterior, 8)
-    assert sampler == invdiff.samplers.G2D2()  # weights would leave 8 particles with one ancestor
+    # Weights would leave 8 particles with one ancestor.
+    assert sampler == invdiff.samplers.APS(steps=50, inner_steps=10, lr=0.9, estimator="soft", sticky=False)
     assert "49 tokens of 256 kinds" in reason
     sampler, reason = choose_sampler(posterior, 256)
     assert sampler == invdiff.samplers.AnchoredSMC(every=3)
     assert "49 tokens of 256 kinds" in reason
     assert isinstance(default_twist(posterior), PlugIn)  # a derivative for each of 784 values would be too dear
     solution = invdiff.solve(problem, shipped, draws=4, seed=0)
-    assert solution.about["sampler"] == "G2D2"
+    assert solution.about["sampler"] == "APS"
     assert solution.score(x)["psnr_mean"] > 15.0
 
 

@@ -115,7 +115,8 @@ def test_the_denoiser_is_exact_between_the_steps_too(kind, dtype, tolerance):
     assert D.dtype == dtype
     assert float(((D - exact(z, sigma)).abs() / scale).max()) < tolerance
     one = prior.denoise(z[:1], float(sigma[0]))
-    assert float((one - D[:1]).abs().max()) <= 4 * torch.finfo(dtype).eps
+    # A batch of one takes other products than one of 61, whose sums are rounded in another order.
+    assert float((one - D[:1]).abs().max()) <= 64 * torch.finfo(dtype).eps * float(scale[0])
 
 
 def test_an_adapted_prior_keeps_the_contract():
