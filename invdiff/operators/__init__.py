@@ -19,6 +19,7 @@ from invdiff.operators.parity import Parity
 from invdiff.operators.phase_retrieval import PhaseRetrieval
 from invdiff.operators.pixelwise import Pixelwise
 from invdiff.operators.reshape import Reshape
+from invdiff.operators.scattered import Scattered
 from invdiff.operators.separable import Separable
 from invdiff.operators.stacking import Stack, stack
 from invdiff.operators.tomography import Tomography
@@ -47,6 +48,7 @@ __all__ = [
     "Pixelwise",
     "Reshape",
     "Scale",
+    "Scattered",
     "Separable",
     "Shifted",
     "Stack",
