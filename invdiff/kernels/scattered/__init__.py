@@ -15,6 +15,9 @@ from invdiff.errors import InputError, ShapeError
 from invdiff.kernels import plain, version
 from invdiff.kernels.scattered import reference
 
+_FEW = 8
+"""Rows up to which the compiled CPU version is taken: for many, the reference sums all of them in vectors."""
+
 
 @final
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def _run(x: Tensor, forward: list[Tensor]) -> Tensor:
         from invdiff.kernels.scattered import gpu
 
         return gpu.gather_sum(x, *forward)
-    if chosen == "cpu" and x.dtype in (torch.float32, torch.float64):
+    if chosen == "cpu" and len(x) <= _FEW and x.dtype in (torch.float32, torch.float64):
         from invdiff.kernels.scattered import cpu
 
         return cpu.gather_sum(x, *forward)

@@ -1,4 +1,4 @@
-"""Weighted sums of gathered entries, compiled for a CPU: one read of the tables a row, one write of each output."""
+"""Weighted sums of gathered entries, compiled for a CPU: zeros, then a sum for each output that has entries."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,19 +18,16 @@ def _compiled() -> Callable[..., None]:
     import numpy as np
 
     @numba.njit(nogil=True)
-    def work(x: Any, starts: Any, index: Any, weights: Any, out: Any, start: int, stop: int) -> None:
-        outputs = out.shape[1]
-        parts = (outputs + _SEGMENT - 1) // _SEGMENT
+    def work(x: Any, occupied: Any, starts: Any, index: Any, weights: Any, out: Any, start: int, stop: int) -> None:
+        parts = (len(occupied) + _SEGMENT - 1) // _SEGMENT
         for item in range(start, stop):
             first = item % parts * _SEGMENT
             row, to = x[item // parts], out[item // parts]
-            e = starts[first]
-            for r in range(first, min(first + _SEGMENT, outputs)):
-                end = starts[r + 1]
-                total = weights[:0].sum()
-                while e < end:
-                    total += weights[e] * row[np.uint64(index[e])]  # unsigned: no check for a negative one
-                    e += 1
+            for r in occupied[first : first + _SEGMENT]:
+                e, end = starts[r], starts[r + 1]
+                total = weights[e] * row[index[e]]
+                for k in range(e + 1, end):
+                    total += weights[k] * row[np.uint64(index[k])]  # unsigned: no check for a negative one
                 to[r] = total
 
     return cast(Callable[..., None], work)
@@ -38,8 +35,12 @@ def _compiled() -> Callable[..., None]:
 
 def gather_sum(x: Tensor, starts: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Return (n, outputs) from (n, inputs); see `invdiff.kernels.scattered`."""
-    out = torch.empty(len(x), len(starts) - 1, dtype=x.dtype)
-    if out.numel():
-        tensors = (x.detach().contiguous(), starts, index, weights, out)
-        share(_compiled(), len(x) * -(-out.shape[1] // _SEGMENT), *(t.numpy() for t in tensors), least=8)
+    out = torch.zeros(len(x), len(starts) - 1, dtype=x.dtype)
+    # Few points on a large grid: most outputs of the transpose have no entry, and a fill is faster than a look at each.
+    occupied = (starts[1:] != starts[:-1]).nonzero()[:, 0]
+    if out.numel() and len(occupied):
+        tensors = (x.detach().contiguous(), occupied, starts, index, weights, out)
+        count = len(x) * -(-len(occupied) // _SEGMENT)
+        least = 1 + 50_000 * count // (len(x) * len(index))
+        share(_compiled(), count, *(t.numpy() for t in tensors), least=least)
     return out
