@@ -1,14 +1,10 @@
 """Observation at scattered points against bilinear interpolation point by point and dense matrices in float64."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import check_alone, has_gpu, has_triton
 
 from invdiff import kernels
 from invdiff.errors import InputError, ShapeError
@@ -16,8 +12,6 @@ from invdiff.kernels import scattered as room
 from invdiff.kernels.scattered import Tables, cpu, gather_sum, reference, tables
 from invdiff.operators import Scattered
 from invdiff.testing import check_operator
-
-HERE = Path(__file__).parent
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -135,36 +129,34 @@ def test_versions_on_the_cpu(run):
     check(run, "cpu")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not made for this system")
-def test_triton_in_the_interpreter():
-    # In a process of its own: Triton reads the variable when it is imported.
-    source = (
-        "from test_scattered import check\nfrom invdiff.kernels.scattered import gpu\n"
-        "check(gpu.gather_sum, 'cpu')\nprint('same')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", source],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "same\n", done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_on_the_gpu(monkeypatch):
-    from invdiff.kernels.scattered import gpu
-
-    check(gpu.gather_sum, "cuda")
-    monkeypatch.setattr(kernels, "ON_GPU", {"scattered"})
+def check_on_a_gpu() -> None:
+    """Every version there, and the operator compiled."""
     A = Scattered(points(1000, 60, 120), (3, 60, 120), periodic=True)
     x = rand(4, *A.in_shape)
     expected = A(x)
     A.cuda()
     torch.testing.assert_close(A(x.cuda()).cpu(), expected)
     torch.testing.assert_close(torch.compile(A, fullgraph=True)(x.cuda()).cpu(), expected)
+
+
+SCRIPT = """
+from test_scattered import check
+from invdiff.kernels.scattered import gpu
+check(gpu.gather_sum, {device!r})
+"""
+
+
+@has_triton
+def test_triton_in_the_interpreter():
+    check_alone(SCRIPT.format(device="cpu"), interpret=True)
+
+
+@pytest.mark.gpu
+@has_gpu
+def test_triton_on_the_gpu():
+    check_alone(
+        SCRIPT.format(device="cuda") + "from test_scattered import check_on_a_gpu\ncheck_on_a_gpu()", interpret=False
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -174,7 +166,7 @@ def test_operation_is_well_formed():
 
 
 def test_it_compiles_whole_once_its_tables_are_made():
-    # In a process of its own: the checker of shapes, which the tests switch on, cannot be traced.
+    # Alone: the checker of shapes, which the tests switch on, cannot be traced.
     source = """
 import torch
 from invdiff.operators import Scattered
@@ -182,8 +174,7 @@ x, A = torch.rand(2, 3, 9, 8), Scattered(7 * torch.rand(20, 2), (3, 9, 8))
 y = A(x)
 assert torch.equal(torch.compile(A, fullgraph=True, backend="aot_eager")(x), y)
 """
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_alone(source, interpret=False)
 
 
 @pytest.mark.usefixtures("unchecked")
