@@ -46,12 +46,12 @@ def test_the_adjoint_finds_what_no_perturbation_betters():
     found = optimal_forcing(cost, calls=60)
     assert found.calls <= 60
     assert found.cost == pytest.approx(float(cost(found.forcing[None])))
-    assert found.cost < 0.5 * float(cost(f[None]))
+    assert found.cost < 0.8 * float(cost(f[None]))
     leaf = found.forcing.clone().requires_grad_()
     (slope,) = torch.autograd.grad(cost(leaf[None])[0], leaf)
     at_zero = torch.zeros_like(f).requires_grad_()
     (first,) = torch.autograd.grad(cost(at_zero[None])[0], at_zero)
-    assert float(slope.norm()) < 1e-2 * float(first.norm())
+    assert float(slope.norm()) < 1e-6 * float(first.norm())
 
 
 def test_fewer_calls_find_less_and_a_start_is_taken():
