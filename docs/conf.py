@@ -61,6 +61,7 @@ python_use_unqualified_type_names = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),  # single backticks in docstrings
     ("py:class", r"[A-Z]\w*"),  # forward references to names imported for type checkers only
+    ("py:class", r"invdiff\..*\.[A-Z]"),  # type variables
     ("py:.*", r"(torch|numpy|np|xarray|xr|matplotlib|jaxtyping|pathlib|collections|typing|abc|nn|functools)(\..*)?"),
     (
         "py:.*",
