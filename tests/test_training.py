@@ -18,12 +18,13 @@ from invdiff.training.baselines import BASELINES, Baseline, baseline_psnr, tune
 from invdiff.training.checkpoint import Progress, load_state, pack, save_state, unpack
 from invdiff.training.data import Mixture, TileSet, augment_aerial, augment_photos, evaluation_pictures, read_split
 from invdiff.training.export import add_noise, denoising_psnr, psnr
+from invdiff.training.fit import Trainer, learning_rate, used
 from invdiff.training.measurements import ReportSettings, grid
 from invdiff.training.memorisation import nearest, views
 from invdiff.training.report import main as report_main
 from invdiff.training.report import write_report
 from invdiff.training.settings import Settings, read_settings
-from invdiff.training.train import Trainer, denoising_loss, draw_sigmas, learning_rate, main, train, used
+from invdiff.training.train import PictureTask, denoising_loss, draw_sigmas, main, train
 
 CPU = torch.device("cpu")
 PHOTOS = TileSet(
@@ -258,7 +259,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(settings: Settings) -> Non
 
 def test_the_moving_average_is_the_power_function(folder: Path, settings: Settings) -> None:
     """After t steps step i weighs in proportion to i^gamma, up to terms of order 1/i (Karras et al. 2024, eq. 1)."""
-    trainer = Trainer(replace(settings, ema_exponent=2.0), folder, CPU)
+    trainer = Trainer(PictureTask(replace(settings, ema_exponent=2.0), folder, CPU), CPU)
     seen: list[Tensor] = []
     name, parameter = next(iter(trainer.parameters.items()))
     for i in range(1, 13):
@@ -294,8 +295,8 @@ def test_the_loss_falls_and_the_prior_denoises(
     trained: tuple[Path, list[str]], folder: Path, settings: Settings
 ) -> None:
     out, lines = trained
-    trainer = Trainer(settings, folder, CPU)
-    noise, z0 = torch.randn(8, 3, 16, 16, generator=generator()), trainer.mixture.batch(8, generator(1))
+    trainer = Trainer(PictureTask(settings, folder, CPU), CPU)
+    noise, z0 = torch.randn(8, 3, 16, 16, generator=generator()), trainer.task.mixture.batch(8, generator(1))
     sigma = torch.full((8,), 0.5)
 
     def loss() -> float:
@@ -325,14 +326,14 @@ def test_a_training_that_was_cut_goes_on_where_it_stood(
     assert train(settings, folder, tmp_path, CPU, resume=True, log=lambda _: None)
     (one, ours), (two, theirs) = (load_state(p / "state", settings.identity) for p in (tmp_path, trained[0]))
     assert (ours.step, ours.images) == (theirs.step, theirs.images) == (40, 320)
-    initial = dict(Trainer(settings, folder, CPU).network.named_parameters())
+    initial = dict(Trainer(PictureTask(settings, folder, CPU), CPU).network.named_parameters())
     change = math.sqrt(sum(float((unpack(two, "weights")[k] - v.detach()).square().sum()) for k, v in initial.items()))
     for part in ("weights", "average"):
         a, b = unpack(one, part), unpack(two, part)
         assert a.keys() == initial.keys()
         # Relative to the way travelled; pictures or noise of another step would make it of order one.
         assert math.sqrt(sum(float((a[k] - b[k]).square().sum()) for k in a)) < 0.05 * change
-    trainer, other = Trainer(settings, folder, CPU), Trainer(settings, folder, CPU)
+    trainer, other = Trainer(PictureTask(settings, folder, CPU), CPU), Trainer(PictureTask(settings, folder, CPU), CPU)
     trainer.load(tmp_path / "state")
     other.progress.step = 40
     assert torch.equal(trainer.step()[0], other.step()[0])  # the same noise levels come next

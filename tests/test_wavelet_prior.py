@@ -213,12 +213,12 @@ class Shows(nn.Module):
 
 def test_a_network_is_told_what_is_known():
     network = Shows()
-    inner = ConditionalPrior(network, (8, 3, 4), {"f": 4, "start": 1})
+    inner = ConditionalPrior(network, (8, 3, 4), {"f": 4, "start": 2})
     start = BandRows((1, 6), (3, 4), "haar")
     prior = WaveletPrior(inner, decoder_of_two(), EVENT, conditions={"start": start})
     z = rand(2, 8, 3, 4).float()
     before = prior.denoise(z, 1.0)
-    assert network.seen[-1].shape == (2, 8 + 4 + 1 + 1 + 1, 3, 4)
+    assert network.seen[-1].shape == (2, 8 + 4 + 1 + 2 + 1, 3, 4)
     assert not network.seen[-1][:, 8:].any(), "nothing is given"
     u0, f = rand(1, 6, seed=1).float(), rand(1, 4, 6, seed=2).float()
     known = prior.condition({"start": u0}).condition({"f": f})
@@ -227,8 +227,8 @@ def test_a_network_is_told_what_is_known():
     latent = prior.decoder.encode("f", f[None])[0, 4:]
     torch.testing.assert_close(shown[:, 8:12], latent.expand(2, -1, -1, -1))
     assert bool((shown[:, 12] == 1).all()), "the forcing is given"
-    torch.testing.assert_close(shown[:, 13:14], start(u0[None]).expand(2, -1, -1, -1))
-    assert bool((shown[:, 14] == 1).all())
+    torch.testing.assert_close(shown[:, 13:15], start(u0[None]).expand(2, -1, -1, -1))
+    assert bool((shown[:, 15] == 1).all())
     torch.testing.assert_close(after[:, 4:], latent.expand(2, -1, -1, -1), msg="known channels are what they are")
     assert not torch.equal(after[:1, :4], before[:1, :4])
     x = known.decode(after)
@@ -247,8 +247,8 @@ def test_conditioning_refuses_what_it_does_not_know(unchecked):
         CatalogueError, match="no variable or condition of the prior named 'sart'; did you mean 'start'"
     ):
         prior.condition({"sart": torch.zeros(1, 6)})
-    with pytest.raises(ShapeError, match=r"given 'start' has shape \(6,\), needed is \(1, 6\)"):
-        prior.condition({"start": torch.zeros(6)})
+    with pytest.raises(ShapeError, match=r"given 'start' has shape \(5,\), needed is \(1, 6\)"):
+        prior.condition({"start": torch.zeros(5)})
     with pytest.raises(CatalogueError, match="no condition of the network named 'start'"):
         prior.condition({"start": torch.zeros(1, 6)})
     with pytest.raises(ShapeError, match=r"condition 'f' has channels \(4, 3, 4\)"):
@@ -274,18 +274,21 @@ def test_conditioning_refuses_what_it_does_not_know(unchecked):
         gaussian_wavelet_prior(field(), decoder_of_two())
 
 
-def test_states_as_rows_of_bands():
-    A = BandRows((1, 120), (64, 64), "bior2.4")
+def test_states_as_rows_of_bands(unchecked):
+    A = BandRows((1, 120), (44, 64), "bior2.4", scales=[0.5, 4.0])
     check_operator(A)
     check_operator(BandRows((2, 8, 9), (11, 6, 6), "haar", "symmetric"))
     x = rand(1, 1, 120)
     bands = WaveletTransform((1, 120), "bior2.4")(x)
-    y = A(x)[0, 0]
-    torch.testing.assert_close(y[:32, :60], bands[0, :1].expand(32, -1))
-    torch.testing.assert_close(y[32:, :60], bands[0, 1:].expand(32, -1))
-    assert not y[:, 60:].any()
+    y = A(x)[0]
+    assert y.shape == (2, 44, 64)
+    torch.testing.assert_close(y[0, :, :60], 0.5 * bands[0, :1].expand(44, -1))
+    torch.testing.assert_close(y[1, :, :60], 4.0 * bands[0, 1:].expand(44, -1))
+    assert not y[:, :, 60:].any()
     with pytest.raises(ShapeError, match="do not fit a grid"):
         BandRows((1, 120), (64, 32), "bior2.4")
+    with pytest.raises(ShapeError, match="2 bands, got 1 scales"):
+        BandRows((1, 120), (44, 64), "bior2.4", scales=[1.0])
 
 
 def test_solve_takes_it_as_any_prior():

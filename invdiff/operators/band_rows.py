@@ -1,4 +1,4 @@
-"""BandRows: the wavelet bands of a state, each repeated over rows, as channels beside a trajectory's coefficients."""
+"""BandRows: the wavelet bands of a state as channels beside a trajectory's coefficients, the same in every row."""
 
 from collections.abc import Sequence
 from typing import final
@@ -14,54 +14,64 @@ from invdiff.operators.wavelet import WaveletTransform
 
 @final
 class BandRows(LinearOperator):
-    r"""Channels (c, time, \*space) that hold the one-level bands of a state (c, \*space), such as an initial one.
+    r"""Channels (c bands, time, \*space) that hold the one-level bands of a state (c, \*space), such as an initial one.
 
-    A network of trajectories' coefficients knows its states by such channels: along the first axis of its grid the
-    bands of the state follow one another, each repeated over as many rows; sides are continued with zeros. As in WDNO
-    (Hu et al. 2025, ICLR), where one channel holds two states, and here two do.
+    A network of trajectories' coefficients knows its states by such channels: a band is a channel, the same in every
+    row of the network's grid along its first axis; sides are continued with zeros. WDNO (Hu et al. 2025, ICLR) lays the
+    bands of two states one after the other along the rows of one channel, so that a network must carry them to where
+    they are needed; here they stand at every time.
 
     Parameters
     ----------
     shape
         Shape (c, \*space) of a state, one or two axes of space.
     grid
-        Sides (time, \*space) of the network's grid; time is at least the number of bands.
+        Sides (time, \*space) of the network's grid.
     wavelet, mode
         As for `WaveletTransform`.
+    scales
+        Factor of each band, channel by channel, (c bands,); 1 if None.
 
     Raises
     ------
     CatalogueError
         If there is no such wavelet or mode.
     ShapeError
-        If the state's bands do not fit the grid.
+        If the state's bands do not fit the grid, or there are not as many scales as bands.
     """
 
+    scales: Tensor
+
     def __init__(
-        self, shape: Sequence[int], grid: Sequence[int], wavelet: str = "db4", mode: Mode = "periodization"
+        self,
+        shape: Sequence[int],
+        grid: Sequence[int],
+        wavelet: str = "db4",
+        mode: Mode = "periodization",
+        scales: Sequence[float] | None = None,
     ) -> None:
         shape, grid = tuple(shape), tuple(grid)
         transform = WaveletTransform(shape, wavelet, 1, mode)
-        sides, bands = transform.out_shape[1:], 2**transform.axes
-        if len(grid) != len(shape) or grid[0] < bands or any(n < m for n, m in zip(grid[1:], sides, strict=True)):
+        channels, *sides = transform.out_shape
+        if len(grid) != len(shape) or grid[0] < 1 or any(n < m for n, m in zip(grid[1:], sides, strict=True)):
             raise ShapeError(
-                f"{bands} bands of sides {sides} of a state {shape} do not fit a grid (time, *space) of {grid}."
+                f"Bands of sides {tuple(sides)} of a state {shape} do not fit a grid (time, *space) of {grid}."
             )
-        super().__init__(shape, (shape[0], *grid))
+        if scales is not None and len(scales) != channels:
+            raise ShapeError(f"The state has {channels} bands, got {len(scales)} scales.")
+        super().__init__(shape, (channels, *grid))
         self.transform = transform
-        self._bands, self._repeats = bands, grid[0] // bands
+        factors = torch.ones(channels) if scales is None else torch.tensor(scales)
+        self.register_buffer("scales", factors.double().reshape(-1, *[1] * len(sides)))
         self._after = tuple(n for a, b in zip(reversed(sides), reversed(grid[1:]), strict=True) for n in (0, b - a))
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Bands over rows: (n, c, \*space) -> (n, c, \*grid)."""
-        c = self.transform(x).reshape(len(x), self.in_shape[0], self._bands, *self.transform.out_shape[1:])
-        rows = c.repeat_interleave(self._repeats, 2)
-        last = self.out_shape[1] - self._bands * self._repeats
-        return torch.nn.functional.pad(rows, (*self._after, 0, last))
+        r"""Bands in every row: (n, c, \*space) -> (n, c bands, \*grid)."""
+        bands = torch.nn.functional.pad(self.transform(x) * self.scales.to(x.dtype), self._after)
+        return bands[:, :, None].expand(-1, *self.out_shape)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        r"""Sum over rows, then apply the transform's adjoint: (n, c, \*grid) -> (n, c, \*space)."""
+        r"""Sum over rows, then apply the transform's adjoint: (n, c bands, \*grid) -> (n, c, \*space)."""
         sides = self.transform.out_shape[1:]
-        rows = y[(slice(None), slice(None), slice(self._bands * self._repeats), *map(slice, sides))]
-        c = rows.reshape(len(y), self.in_shape[0], self._bands, self._repeats, *sides).sum(3)
-        return self.transform.adjoint(c.reshape(len(y), *self.transform.out_shape))
+        rows = y[(slice(None), slice(None), slice(None), *map(slice, sides))]
+        return self.transform.adjoint(rows.sum(2) * self.scales.to(y.dtype))

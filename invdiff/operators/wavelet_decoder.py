@@ -108,6 +108,12 @@ class WaveletDecoder(Shifted):
         """Shapes of the variables."""
         return tuple(W.in_shape for W in self._transforms)
 
+    @property
+    def filled(self) -> Tensor:
+        r"""Where in z there are coefficients, (channels, \*grid), bool; the rest is padding."""
+        parts = (w.adjoint(torch.ones(1, *w.out_shape))[0] for w in self._windows)
+        return sum(parts, torch.zeros(self.in_shape)) > 0
+
     def encode(self, name: str, x: Tensor) -> Tensor:
         r"""Put one variable (n, \*shape), physical units, into z, all other channels and the padding zero."""
         i = self.names.index(name)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from invdiff.errors import CatalogueError, InputError
+from invdiff.event import Event, Variable
 from invdiff.noise import Noise, stream_key
 from invdiff.pde.burgers import Burgers
 
@@ -98,12 +99,35 @@ class BurgersSetting:
         """Cells whose state is seen."""
         return self._outer(self.partial in ("observation", "both"))
 
+    @property
+    def event(self) -> Event:
+        """The trajectory: `state` at the ends of all windows, from the start on, and `forcing` in the windows.
+
+        Lengths and times are in the interval's length and in units in which speeds are lengths over times; the
+        equation has no other unit.
+        """
+        x = tuple(((torch.arange(self.points).double() + 0.5) / self.points).tolist())
+        step = self.duration / self.windows
+        ends = tuple((step * torch.arange(self.windows + 1).double()).tolist())
+        middles = tuple((step * (torch.arange(self.windows).double() + 0.5)).tolist())
+        return (
+            Variable(
+                name="state", dims=("time", "x"), shape=(self.windows + 1, self.points), coords={"time": ends, "x": x}
+            ),
+            Variable(
+                name="forcing",
+                dims=("window", "x"),
+                shape=(self.windows, self.points),
+                coords={"window": middles, "x": x},
+            ),
+        )
+
     def _outer(self, only: bool) -> Tensor:
         i, quarter = torch.arange(self.points), self.points // 4
         return (i < quarter) | (i >= self.points - quarter) if only else torch.ones(self.points, dtype=torch.bool)
 
 
-def _bumps(centre: Tensor, width: Tensor, edges: Tensor) -> Tensor:
+def bumps(centre: Tensor, width: Tensor, edges: Tensor) -> Tensor:
     """Averages of exp(-(x - c)^2 / (2 w^2)) between neighbouring edges, (..., len(edges) - 1)."""
     area = width[..., None] * sqrt(pi / 2) * torch.erf((edges - centre[..., None]) / (sqrt(2.0) * width[..., None]))
     return area.diff(dim=-1) / edges.diff()
@@ -133,12 +157,12 @@ def burgers_cases(
     U = noise.uniform(noise.slots, (6 + 6 * _BUMPS,))
     x = torch.linspace(0.0, 1.0, setting.points + 1, dtype=torch.float64)
     t = torch.linspace(0.0, T, setting.windows + 1, dtype=torch.float64)
-    one = 2.0 * U[:, 0:1] * _bumps(0.2 + 0.2 * U[:, 1], 0.05 + 0.1 * U[:, 2], x)
-    two = -2.0 * U[:, 3:4] * _bumps(0.6 + 0.2 * U[:, 4], 0.05 + 0.1 * U[:, 5], x)
+    one = 2.0 * U[:, 0:1] * bumps(0.2 + 0.2 * U[:, 1], 0.05 + 0.1 * U[:, 2], x)
+    two = -2.0 * U[:, 3:4] * bumps(0.6 + 0.2 * U[:, 4], 0.05 + 0.1 * U[:, 5], x)
     V = U[:, 6:].reshape(n, 6, _BUMPS)
     on = (V[:, 0] < 0.5) | (torch.arange(_BUMPS) == 0)
     size = setting.scale * torch.where(on, 3.0 * V[:, 1] - 1.5, 0.0)
-    space = _bumps(V[:, 2], setting.narrow * (0.1 + 0.3 * V[:, 3]), x)
-    time = _bumps(T * V[:, 4], setting.narrow * T * (0.1 + 0.3 * V[:, 5]), t)
+    space = bumps(V[:, 2], setting.narrow * (0.1 + 0.3 * V[:, 3]), x)
+    time = bumps(T * V[:, 4], setting.narrow * T * (0.1 + 0.3 * V[:, 5]), t)
     f = torch.einsum("nk,nkt,nkx->ntx", size, time, space)
     return one + two, torch.where(setting.controlled, f, 0.0)

@@ -75,7 +75,7 @@ class ConditionalPrior(nn.Module):
         shape: tuple[int, ...],
         conditions: Mapping[str, int],
         *,
-        sigma_data: float = 0.5,
+        sigma_data: float | Tensor = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         given: Mapping[str, Tensor] | None = None,
@@ -111,7 +111,7 @@ class ConditionalPrior(nn.Module):
             name=name,
             key=key,
         )
-        self._network = network
+        self.network = network
         self.shape, self.sigma_min, self.sigma_max, self.name = tuple(shape), sigma_min, sigma_max, name
         self.decoder: Affine = self._prior.decoder
 
@@ -148,7 +148,7 @@ class ConditionalPrior(nn.Module):
         """
         inner = self._prior
         return ConditionalPrior(
-            self._network,
+            self.network,
             self.shape,
             self._conditions,
             sigma_data=inner.sigma_data,

@@ -22,8 +22,11 @@ from invdiff.priors.base import Sigma
 from invdiff.priors.frequency_table import FrequencyTable
 
 
-def precondition(network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """Make the denoiser of a network, for noise levels (n,); in the dtype of z, the network in its own."""
+def precondition(network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float | Tensor) -> Tensor:
+    """Make the denoiser of a network, for noise levels (n,); in the dtype of z, the network in its own.
+
+    The data's standard deviation is one number, or one a channel, (c, 1, 1).
+    """
     s = sigma.reshape(-1, *[1] * (z.ndim - 1))
     norm = (s**2 + sigma_data**2).sqrt()
     own = next(network.parameters()).dtype
@@ -41,7 +44,7 @@ class NetworkPrior(nn.Module):
     shape
         Shape (c, h, w) of one picture.
     sigma_data
-        Standard deviation of the data, latent units.
+        Standard deviation of the data, latent units; one number, or one a channel, (c,).
     sigma_min, sigma_max
         Range of noise levels the network was trained for, latent units.
     scale, offset
@@ -57,12 +60,14 @@ class NetworkPrior(nn.Module):
         If the sides do not divide by the network's stride.
     """
 
+    _sigma_data: Tensor | None
+
     def __init__(
         self,
         network: nn.Module,
         shape: tuple[int, ...],
         *,
-        sigma_data: float = 0.5,
+        sigma_data: float | Tensor = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         scale: float = 0.5,
@@ -78,13 +83,22 @@ class NetworkPrior(nn.Module):
                 f"The network of the prior {name!r} takes pictures (channels, height, width) with sides "
                 f"divisible by {stride}, got {tuple(shape)}; pad or crop to such a size."
             )
-        if not 0 < sigma_min < sigma_max or sigma_data <= 0:
+        each = torch.as_tensor(sigma_data, dtype=torch.float32)
+        if not 0 < sigma_min < sigma_max or not bool((each > 0).all()):
             raise InputError(
                 f"Need 0 < sigma_min < sigma_max and sigma_data > 0, got {sigma_min}, {sigma_max}, {sigma_data}."
             )
         self.network, self.curvature, self.name, self.key = network, curvature, name, key
-        self.shape, self.sigma_data, self.sigma_min, self.sigma_max = tuple(shape), sigma_data, sigma_min, sigma_max
+        self.shape, self.sigma_min, self.sigma_max = tuple(shape), sigma_min, sigma_max
+        # Not a parameter's business, but it must move with the network.
+        self.register_buffer("_sigma_data", each.reshape(-1, 1, 1) if each.ndim else None, persistent=False)
+        self._one_sigma_data = sigma_data
         self.decoder = Affine(self.shape, scale, offset)
+
+    @property
+    def sigma_data(self) -> float | Tensor:
+        """Standard deviation of the data, latent units; a number, or (c, 1, 1)."""
+        return self._one_sigma_data if self._sigma_data is None else self._sigma_data
 
     @property
     def event(self) -> Event:

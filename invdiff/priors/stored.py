@@ -12,7 +12,7 @@ from torch import Tensor
 
 from invdiff.errors import CatalogueError, ChecksumError, InputError
 
-_TABLES = ("network", "tokenizer", "decoder", "weights", "training")
+_TABLES = ("setting", "network", "refiner", "tokenizer", "decoder", "weights", "training")
 
 
 @runtime_checkable

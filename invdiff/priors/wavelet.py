@@ -42,7 +42,8 @@ class WaveletPrior(nn.Module):
     decoder
         The way out; a transform stands for its decoder without scales on its own grid.
     event
-        The unknown: variables of the decoder's names, order and shapes. Numbered axes if None.
+        The unknown: variables of the decoder's names, order and shapes, a single channel left out or not. Numbered axes
+        if None.
     conditions
         Operators from what may be given (states, parameters) to the latents' grid, (channels, \*grid), by name.
 
@@ -67,7 +68,11 @@ class WaveletPrior(nn.Module):
         event = _plain(decoder) if event is None else tuple(event)
         ours = [(v.name, v.shape) for v in event]
         theirs = list(zip(decoder.names, decoder.shapes, strict=True))
-        if len(event) != len(theirs) or (ours != theirs and (len(theirs) > 1 or ours[0][1] != theirs[0][1])):
+        agree = len(ours) == len(theirs) and all(
+            (a == b or len(theirs) == 1) and _same(mine, yours)
+            for (a, mine), (b, yours) in zip(ours, theirs, strict=True)
+        )
+        if not agree:
             raise ShapeError(f"The event has the variables {ours}, the decoder {theirs}; they must be the same.")
         self.prior, self.decoder, self._event = prior, decoder, event
         self.conditions = nn.ModuleDict(dict(conditions or {}))
@@ -171,16 +176,17 @@ class WaveletPrior(nn.Module):
             if name not in names and name not in self.conditions:
                 raise CatalogueError.unknown("variable or condition of the prior", name, [*names, *self.conditions])
             operator = None if name in names else self.conditions[name]
-            shape = self._event[list(names).index(name)].shape if operator is None else operator.in_shape
-            if tuple(value.shape) != shape:
+            wanted: Any = self._event[list(names).index(name)].shape if operator is None else operator.in_shape
+            shape = tuple(wanted)
+            if not _same(tuple(value.shape), shape):
                 raise ShapeError(f"The given {name!r} has shape {tuple(value.shape)}, needed is {shape}.")
             if operator is None:
-                known[names[name]] = self.decoder.encode(names[name], value[None])[
-                    0, self.decoder.channels[names[name]]
-                ]
-                latents[name] = known[names[name]]
+                inner = names[name]
+                whole = value.reshape(1, *self.decoder.shapes[self.decoder.names.index(inner)])
+                known[inner] = self.decoder.encode(inner, whole)[0, self.decoder.channels[inner]]
+                latents[name] = known[inner]
             else:
-                latents[name] = operator(value[None])[0]
+                latents[name] = operator(value.reshape(1, *shape))[0]
         condition = getattr(self.prior, "condition", None)
         if condition is None:
             raise CapabilityError(
@@ -191,6 +197,11 @@ class WaveletPrior(nn.Module):
         other = WaveletPrior(condition(latents), self.decoder, self._event, conditions=operators)
         other._known = known
         return other
+
+
+def _same(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same but for a single channel that one of them leaves out."""
+    return one == other or (1, *one) == other or one == (1, *other)
 
 
 def _plain(decoder: WaveletDecoder) -> Event:

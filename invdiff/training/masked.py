@@ -28,13 +28,13 @@ from invdiff.networks.masked_transformer import MaskedTransformer
 from invdiff.priors.masked_loading import MaskedCard, load_masked_prior, read_masked_card, save_masked_prior
 from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.training.checkpoint import Progress, load_state, save_state
+from invdiff.training.fit import learning_rate, used
 from invdiff.training.jpeg import jpeg_psnr
 from invdiff.training.masked_settings import MaskedSettings
 from invdiff.training.pictures import held_out
 from invdiff.training.reconstruction import load_tokenizer, measure_reconstruction
 from invdiff.training.sequences import training_sequences
 from invdiff.training.settings import read_settings_as
-from invdiff.training.train import learning_rate, used
 
 _NATS = math.log(2.0)
 

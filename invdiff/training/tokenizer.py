@@ -25,6 +25,7 @@ from invdiff.errors import InputError
 from invdiff.networks.tokenizer import Tokenizer
 from invdiff.training.checkpoint import Progress, load_state, save_state
 from invdiff.training.codebook import CodebookAverage, straight_through
+from invdiff.training.fit import learning_rate, used
 from invdiff.training.jpeg import jpeg_psnr
 from invdiff.training.pictures import held_out, training_pictures
 from invdiff.training.reconstruction import (
@@ -35,7 +36,6 @@ from invdiff.training.reconstruction import (
 )
 from invdiff.training.settings import read_settings_as
 from invdiff.training.tokenizer_settings import TokenizerSettings
-from invdiff.training.train import learning_rate, used
 
 
 def make(settings: TokenizerSettings) -> Tokenizer:

@@ -33,7 +33,8 @@ def filter_bank(wavelet: str) -> tuple[Float[Tensor, "2 f"], Float[Tensor, "2 f"
     Parameters
     ----------
     wavelet
-        Name of an orthogonal or biorthogonal wavelet of PyWavelets, e.g. "db4", "sym8", "coif3" or "bior2.4".
+        Name of an orthogonal or biorthogonal wavelet of PyWavelets, e.g. "db4", "sym8", "coif3" or "bior2.4"; or
+        "lazy" (Sweldens 1996, Appl. Comput. Harmon. Anal. 3), whose bands are the even and the odd values themselves.
 
     Raises
     ------
@@ -42,8 +43,11 @@ def filter_bank(wavelet: str) -> tuple[Float[Tensor, "2 f"], Float[Tensor, "2 f"
     """
     import pywt
 
+    if wavelet == "lazy":
+        even, odd = [0.0, 1.0], [1.0, 0.0]  # the first tap meets the later value
+        return torch.tensor([even, odd], dtype=torch.float64), torch.tensor([odd, even], dtype=torch.float64)
     if wavelet not in (known := pywt.wavelist(kind="discrete")):
-        raise CatalogueError.unknown("discrete wavelet", wavelet, known)
+        raise CatalogueError.unknown("discrete wavelet", wavelet, ["lazy", *known])
     w = pywt.Wavelet(wavelet)
     analysis, synthesis = (torch.tensor(pair, dtype=torch.float64) for pair in (w.filter_bank[:2], w.filter_bank[2:]))
     return analysis, synthesis
