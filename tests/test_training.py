@@ -265,6 +265,7 @@ def test_the_moving_average_is_the_power_function(folder: Path, settings: Settin
     for i in range(1, 13):
         with torch.no_grad():
             parameter.fill_(float(i))
+        trainer._set_numbers()
         trainer._update_average()
         trainer.progress.step += 1
         seen.append(trainer.average[name].flatten()[0].clone())

@@ -18,6 +18,13 @@ from invdiff.priors.masked import ExactMaskedPrior
 from invdiff.priors.masked_loading import MASKED_FAMILY, MaskedCard, load_masked_prior, read_masked_card
 from invdiff.priors.masked_network import MaskedNetworkPrior
 from invdiff.priors.stored import check_fields, read_text, read_weights, write_prior
+from invdiff.priors.trajectory_loading import (
+    TRAJECTORY_FAMILY,
+    TrajectoryCard,
+    load_trajectory_prior,
+    read_trajectory_card,
+)
+from invdiff.priors.wavelet import WaveletPrior
 
 FAMILY = "edm-unet"
 _REQUIRED = {
@@ -108,7 +115,7 @@ def _folder(name_or_path: str | Path) -> Path:
     return found if found.is_dir() else found.parent
 
 
-def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior | ExactMaskedPrior:
+def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior | ExactMaskedPrior | WaveletPrior:
     """Load a prior by its name in the catalogue, or from its folder or card.
 
     The weights of a trained one are stored in half precision and computed with in the card's dtype; they are frozen.
@@ -120,8 +127,8 @@ def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior | 
 
     Returns
     -------
-        A diffusion prior, a masked one for a card of the family "masked-transformer", or the exact masked prior of a
-        problem.
+        A diffusion prior; for a card of the family "masked-transformer" a masked one, of "trajectory-unet" one of
+        trajectories' wavelet coefficients; for a problem's name its exact masked prior.
 
     Raises
     ------
@@ -137,6 +144,8 @@ def load_prior(name_or_path: str | Path) -> NetworkPrior | MaskedNetworkPrior | 
         return own
     folder = _folder(name_or_path)
     card = read_card(folder / "prior.toml")
+    if isinstance(card, TrajectoryCard):
+        return load_trajectory_prior(folder, card)
     return load_masked_prior(folder, card) if isinstance(card, MaskedCard) else load_network_prior(folder, card)
 
 
@@ -161,7 +170,7 @@ def _of_a_problem(name_or_path: str | Path) -> ExactMaskedPrior | None:
     return prior_from_card(card.prior)
 
 
-def read_card(path: Path) -> TrainedCard | MaskedCard:
+def read_card(path: Path) -> TrainedCard | MaskedCard | TrajectoryCard:
     """Read and check a ``prior.toml`` of any family.
 
     Raises
@@ -169,8 +178,10 @@ def read_card(path: Path) -> TrainedCard | MaskedCard:
     InputError
         If it is not TOML, or a field is missing, unknown or of the wrong type.
     """
-    masked = read_text(path).get("family") == MASKED_FAMILY
-    return read_masked_card(path) if masked else read_trained_card(path)
+    family = read_text(path).get("family")
+    if family == TRAJECTORY_FAMILY:
+        return read_trajectory_card(path)
+    return read_masked_card(path) if family == MASKED_FAMILY else read_trained_card(path)
 
 
 def load_network_prior(folder: Path, card: TrainedCard) -> NetworkPrior:

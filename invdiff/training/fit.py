@@ -73,10 +73,12 @@ class Task(Protocol):
         """Make the network, its weights from torch's global generator."""
         ...
 
-    def losses(
-        self, network: Callable[[Tensor, Tensor], Tensor], n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Draw n examples and noise; return the noise levels and losses of each, (n,)."""
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Draw n examples and noise: what `losses` takes; the noise levels (n,) come first."""
+        ...
+
+    def losses(self, network: Callable[[Tensor, Tensor], Tensor], *drawn: Tensor) -> Tensor:
+        """Losses of what was drawn, (n,)."""
         ...
 
     def validate(self, network: Any) -> str:
@@ -110,22 +112,36 @@ class Trainer:
         Where to train; on CUDA in bfloat16 autocast and channels-last.
     compiled
         Whether the network goes through torch.compile.
+    captured
+        Whether a step is replayed as one CUDA graph, which small networks need: their launches take longer than their
+        work. On CUDA and in one process only.
+
+    Raises
+    ------
+    InputError
+        If a batch does not divide among the processes, or a step cannot be captured.
     """
 
-    def __init__(self, task: Task, device: torch.device, *, compiled: bool = False) -> None:
+    def __init__(self, task: Task, device: torch.device, *, compiled: bool = False, captured: bool = False) -> None:
         self.task, self.settings, self.device, self.cuda = task, task.settings, device, device.type == "cuda"
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.settings.batch % self.world:
             raise InputError(f"A batch of {self.settings.batch} does not divide among {self.world} processes.")
+        if captured and (not self.cuda or self.world > 1):
+            raise InputError("A step is captured as a CUDA graph on one CUDA device; train without --capture.")
         self.network = self._made()
         self.parameters = dict(self.network.named_parameters())
         self.average = {k: v.detach().clone() for k, v in self.parameters.items()}
+        # Numbers that change from step to step stand on the device, where a captured step reads them.
+        self._rate, self._share = torch.tensor(0.0, device=device), torch.tensor(0.0, device=device)
         self.optimiser = torch.optim.Adam(
-            self.parameters.values(), lr=self.settings.learning_rate, betas=(0.9, 0.99), fused=self.cuda
+            self.parameters.values(), lr=self._rate, betas=(0.9, 0.99), fused=self.cuda, capturable=self.cuda
         )
         self.progress = Progress()
         self.forward = torch.compile(self.network) if compiled else self.network
         self.generator = torch.Generator(device=device)
+        self._captured = captured
+        self._graph: tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor] | None = None
         self._since: float | None = None  # the first step compiles: the clock starts after it
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -139,21 +155,51 @@ class Trainer:
         s, n = self.settings, self.settings.batch // self.world
         # The stream depends on the step, so that a resumed training sees what it would have seen.
         self.generator.manual_seed((s.seed * 1_000_003 + self.progress.step) * 1009 + self.rank)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
-            sigma, loss = self.task.losses(self.forward, n, self.generator)
-        self.optimiser.zero_grad()
-        torch.autograd.backward(loss.mean())
-        self._all_reduce()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.progress, s)
-        self.optimiser.step()
-        self._update_average()
+        with torch.no_grad():
+            drawn = self.task.draw(n, self.generator)
+        self._set_numbers()
+        if self._captured and self._graph is None and self._since is not None:
+            self._capture(drawn)
+        if self._graph is None:
+            loss = self._update(drawn)
+        else:
+            graph, kept, loss = self._graph
+            for k, d in zip(kept, drawn, strict=True):
+                k.copy_(d)
+            graph.replay()
+            loss = loss.clone()
         self.progress.step += 1
         self.progress.images += s.batch
         if self._since is None or self.progress.step % 10 == 0:
             self._tick()
-        return sigma, loss.detach()
+        return drawn[0], loss
+
+    def _set_numbers(self) -> None:
+        """Put this step's learning rate and share of the average on the device."""
+        s = self.settings
+        self._rate.fill_(learning_rate(self.progress, s))
+        self._share.fill_(1 - (1 - 1 / (self.progress.step + 1)) ** (s.ema_exponent + 1))
+
+    def _update(self, drawn: tuple[Tensor, ...]) -> Tensor:
+        """Follow the gradient of what was drawn; returns the losses."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda, cache_enabled=not self._captured):
+            loss = self.task.losses(self.forward, *drawn)
+        self.optimiser.zero_grad()
+        torch.autograd.backward(loss.mean())
+        self._all_reduce()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimiser.step()
+        self._update_average()
+        return loss.detach()
+
+    def _capture(self, drawn: tuple[Tensor, ...]) -> None:
+        """Record `_update` as a graph; what was compiled or allocated at the first step is there by now."""
+        kept, graph = tuple(d.clone() for d in drawn), torch.cuda.CUDAGraph()
+        self.optimiser.zero_grad()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph):
+            loss = self._update(kept)
+        self._graph = (graph, kept, loss)
 
     def _all_reduce(self) -> None:
         """Average the gradients over all processes in one message."""
@@ -184,8 +230,10 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        decay = (1 - 1 / (self.progress.step + 1)) ** (self.settings.ema_exponent + 1)
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        average = list(self.average.values())
+        change = torch._foreach_sub([p.detach() for p in self.parameters.values()], average)
+        torch._foreach_mul_(change, self._share)
+        torch._foreach_add_(average, change)
 
     def averaged_network(self) -> nn.Module:
         """Make a network with the averaged weights."""
@@ -233,6 +281,7 @@ def fit(
     resume: bool = False,
     limit: float = math.inf,
     compiled: bool = False,
+    captured: bool = False,
     log: Callable[[str], None] = print,
 ) -> bool:
     """Train until the budget or this command's time is used; write the state, and the prior of the averaged weights.
@@ -251,6 +300,8 @@ def fit(
         Seconds after which this command stops training and saves; leave a minute for the end.
     compiled
         Use torch.compile.
+    captured
+        Replay a step as one CUDA graph.
     log
         Takes each line of the log.
 
@@ -259,7 +310,7 @@ def fit(
         Whether the budget is used and the prior written.
     """
     start = time.perf_counter()
-    settings, trainer = task.settings, Trainer(task, device, compiled=compiled)
+    settings, trainer = task.settings, Trainer(task, device, compiled=compiled, captured=captured)
     if resume:
         trainer.load(out / "state")
     progress, lead = trainer.progress, trainer.rank == 0
@@ -329,6 +380,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--capture", action="store_true", help="replay a step as one CUDA graph: for small networks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -349,6 +401,7 @@ def run(make: Callable[[torch.device], Task], given: argparse.Namespace) -> None
             resume=given.resume,
             limit=given.limit,
             compiled=given.compile,
+            captured=given.capture,
             log=lambda line: print(line, flush=True),
         )
     finally:

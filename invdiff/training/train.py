@@ -91,17 +91,19 @@ class PictureTask:
         """Make a U-Net of the pictures' channels."""
         return UNet(in_channels=self.settings.shape[0], **self.settings.network)
 
-    def losses(
-        self, network: Callable[[Tensor, Tensor], Tensor], n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Noise levels and losses of n pictures."""
-        with torch.no_grad():
-            z0 = self.mixture.batch(n, generator)
-            sigma = draw_sigmas(n, self.settings, generator)
-            noise = torch.randn(z0.shape, generator=generator, device=self.device)
-            if self.device.type == "cuda":
-                z0, noise = z0.to(memory_format=torch.channels_last), noise.to(memory_format=torch.channels_last)
-        return sigma, denoising_loss(network, z0, sigma, noise, self.settings.sigma_data)
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Noise levels, pictures and noise."""
+        z0 = self.mixture.batch(n, generator)
+        sigma = draw_sigmas(n, self.settings, generator)
+        noise = torch.randn(z0.shape, generator=generator, device=self.device)
+        if self.device.type == "cuda":
+            z0, noise = z0.to(memory_format=torch.channels_last), noise.to(memory_format=torch.channels_last)
+        return sigma, z0, noise
+
+    def losses(self, network: Callable[[Tensor, Tensor], Tensor], *drawn: Tensor) -> Tensor:
+        """Losses of the pictures."""
+        sigma, z0, noise = drawn
+        return denoising_loss(network, z0, sigma, noise, self.settings.sigma_data)
 
     def validate(self, network: UNet) -> str:
         """Denoising of validation pictures."""

@@ -205,30 +205,32 @@ class TrajectoryTask:
         """Make the U-Net of the card."""
         return network_of(make_trajectory_prior(self.card))
 
-    def losses(
-        self, network: Callable[[Tensor, Tensor], Tensor], n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Noise levels and losses of n trajectories."""
-        with torch.no_grad():
-            index = torch.randint(len(self.z0), (n,), generator=generator, device=self.device)
-            kind = torch.multinomial(self.shares, n, replacement=True, generator=generator)
-            z0, told = self.z0[index], self.told[kind][:, :, None, None, None]
-            ends = self.ends[index].expand(-1, -1, -1, *self.settings.shape)
-            sigma = draw_sigmas(n, self.settings, generator)
-            noise = torch.randn(z0.shape, generator=generator, device=self.device)
-            flags = told.expand(-1, -1, 1, *self.settings.shape)
-            known = [z0[:, c] for c in self.channels] + [ends[:, 0], ends[:, 1]]
-            shown = torch.cat([torch.cat((k * told[:, i], flags[:, i]), 1) for i, k in enumerate(known)], 1)
-            s, s_b = sigma[:, None, None, None], self.sigma_data
-            norm = (s**2 + s_b**2).sqrt()
-            z = z0 + s * noise
-            target = (z0 - (s_b / norm) ** 2 * z) * norm / (s * s_b)
-            w = self.weights.expand(n, -1, -1, -1).clone()
-            for i, c in enumerate(self.channels):
-                w[:, c] *= 1.0 - told[:, i]
-            whole = torch.cat((z / norm, shown), 1)
-        out = network(whole.contiguous(memory_format=torch.channels_last), sigma.log() / 4)[:, : z.shape[1]].float()
-        return sigma, (w * (out - target).square()).sum((1, 2, 3)) / self.weights.sum()
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Noise levels, the network's input, its target, and the weights of their differences."""
+        index = torch.randint(len(self.z0), (n,), generator=generator, device=self.device)
+        kind = torch.multinomial(self.shares, n, replacement=True, generator=generator)
+        z0, told = self.z0[index], self.told[kind][:, :, None, None, None]
+        ends = self.ends[index].expand(-1, -1, -1, *self.settings.shape)
+        sigma = draw_sigmas(n, self.settings, generator)
+        noise = torch.randn(z0.shape, generator=generator, device=self.device)
+        flags = told.expand(-1, -1, 1, *self.settings.shape)
+        known = [z0[:, c] for c in self.channels] + [ends[:, 0], ends[:, 1]]
+        shown = [torch.cat((k * told[:, i], flags[:, i]), 1) for i, k in enumerate(known)]
+        s, s_b = sigma[:, None, None, None], self.sigma_data
+        norm = (s**2 + s_b**2).sqrt()
+        z = z0 + s * noise
+        target = (z0 - (s_b / norm) ** 2 * z) * norm / (s * s_b)
+        w = self.weights.expand(n, -1, -1, -1).clone()
+        for i, c in enumerate(self.channels):
+            w[:, c] *= 1.0 - told[:, i]
+        whole = torch.cat((z / norm, *shown), 1).contiguous(memory_format=torch.channels_last)
+        return sigma, whole, target, w / self.weights.sum()
+
+    def losses(self, network: Callable[[Tensor, Tensor], Tensor], *drawn: Tensor) -> Tensor:
+        """Weighted squared errors of the network's output."""
+        sigma, whole, target, weights = drawn
+        out = network(whole, sigma.log() / 4)[:, : target.shape[1]].float()
+        return (weights * (out - target).square()).sum((1, 2, 3))
 
     @torch.no_grad()
     def validate(self, network: UNet) -> str:
