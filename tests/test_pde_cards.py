@@ -228,7 +228,7 @@ def test_control_under_a_wavelet_prior(sampler, quadratic):
     assert burgers_judge(problem.card, solution.draws["forcing"]).J.shape == (16,)
 
 
-def test_a_network_is_told_states_by_name():
+def test_a_network_is_told_states_by_name(tmp_path):
     problem = load_problem("burgers-control", **TINY)
 
     class Net(torch.nn.Module):
@@ -245,6 +245,9 @@ def test_a_network_is_told_states_by_name():
     prior = WaveletPrior(inner, decoder, problem.event, conditions={"initial": row, "target": row})
     solution = invdiff.solve(problem, prior, DPS(steps=3), draws=2, seed=0)
     assert solution.draws["forcing"].shape == (2, 4, 12)
+    saved = invdiff.Solution.load(solution.save(tmp_path / "s.nc"))
+    judged = burgers_judge(saved.about["problem_card"], saved.draws["forcing"])
+    torch.testing.assert_close(judged.J, burgers_judge(problem.card, solution.draws["forcing"]).J)
     known = prior.condition({"forcing": split(problem.reference)[1][0]})
     torch.testing.assert_close(
         split(known.decode(known.denoise(torch.zeros(1, *prior.shape), 1.0)))[1].double(), split(problem.reference)[1]
