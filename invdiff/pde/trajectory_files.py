@@ -1,12 +1,8 @@
-"""Trajectories in files: NetCDF of our own, and the HDF5 files of PDEBench.
+"""Trajectories of many cases, and their files: NetCDF.
 
 A file of trajectories holds variables over (case, their own axes), such as a state over (case, time, x) and a forcing
 over (case, window, x), each axis with its coordinate, unit and, where it counts cells or windows, their bounds, after
 the CF conventions. What is written is read again without loss. Other programs read it as any NetCDF-4 file.
-
-PDEBench (Takamoto et al. 2022, arXiv 2210.07182) keeps its one-dimensional sets as HDF5: ``tensor`` (case, time, x)
-for advection, Burgers' and reaction-diffusion equations, ``density``, ``pressure`` and ``Vx`` for compressible flow,
-with ``x-coordinate`` and ``t-coordinate``, the latter in most files with one time after the last state's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +18,6 @@ from invdiff.event import Event, Variable
 from invdiff.files import atomic_path, reserve
 
 Plain = str | int | float
-_FAMILIES: Mapping[str, Mapping[str, str]] = {
-    "advection, Burgers' or reaction-diffusion equation": {"tensor": "state"},
-    "compressible flow": {"density": "density", "Vx": "velocity", "pressure": "pressure"},
-}
-"""Keys of PDEBench's files, and our names."""
-_GRID = ("t-coordinate", "x-coordinate")
 
 
 @final
@@ -199,7 +189,7 @@ def read_trajectories(path: str | Path, cases: range | None = None) -> Trajector
     """
     import xarray as xr
 
-    path = _there(path)
+    path = existing_file(path)
     try:
         with xr.open_dataset(path, engine="h5netcdf", decode_cf=False) as opened:
             if "case" not in opened.dims or "case" not in opened.coords:
@@ -207,7 +197,7 @@ def read_trajectories(path: str | Path, cases: range | None = None) -> Trajector
                     f"{path} is a NetCDF file but holds no trajectories: it has the axes "
                     f"{sorted(map(str, opened.dims))}, needed is 'case' with a coordinate."
                 )
-            chosen = _within(cases, opened.sizes["case"], path)
+            chosen = cases_within(cases, opened.sizes["case"], path)
             found = opened.isel(case=slice(chosen.start, chosen.stop, chosen.step)).load()
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
@@ -238,85 +228,16 @@ def read_trajectories(path: str | Path, cases: range | None = None) -> Trajector
     )
 
 
-def read_pdebench(
-    path: str | Path, cases: range | None = None, *, every_time: int = 1, every_point: int = 1
-) -> Trajectories:
-    """Read a one-dimensional set of PDEBench, or some of its cases.
-
-    ``tensor`` becomes the variable "state"; ``density``, ``Vx`` and ``pressure`` become "density", "velocity" and
-    "pressure", all over (case, time, x), in their own dtype and without units. The file's attributes are kept.
-
-    Parameters
-    ----------
-    path
-        File.
-    cases
-        Places in the file, from 0; only these are read. All if None.
-    every_time, every_point
-        Take every so-manieth state and point, beginning with the first.
-
-    Raises
-    ------
-    InputError
-        If the file is not there, not HDF5, of a family that is not known, or does not have these cases; or a stride is
-        less than 1.
-    ShapeError
-        If the file's variables and coordinates do not agree.
-    """
-    import h5py
-
-    path = _there(path)
-    if min(every_time, every_point) < 1:
-        raise InputError(f"Strides are at least 1, got every_time={every_time} and every_point={every_point}.")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} is not an HDF5 file, or is damaged ({error}).") from error
-    with file:
-        keys = _family(file, path)
-        shape = tuple(file[next(iter(keys))].shape)
-        t, x = (torch.from_numpy(file[name][...]) for name in _GRID)
-        uneven = {key: tuple(file[key].shape) for key in keys if tuple(file[key].shape) != shape}
-        if len(shape) != 3 or uneven or len(x) != shape[2] or len(t) not in (shape[1], shape[1] + 1):
-            raise ShapeError(
-                f"{path} should hold variables (case, time, x) of one shape, with as many x-coordinates as points, and "
-                f"as many t-coordinates as states or one more; got {shape}{f' and {uneven}' if uneven else ''} with "
-                f"{len(x)} and {len(t)}. Sets of two or three dimensions are not read."
-            )
-        chosen = _within(cases, shape[0], path)
-        # Strides of cases may go down, which HDF5 does not know.
-        part = slice(min(chosen), max(chosen) + 1, abs(chosen.step))
-        values = {name: torch.from_numpy(file[key][part, ::every_time, ::every_point]) for key, name in keys.items()}
-        about = {k: v.item() if hasattr(v, "item") and v.ndim == 0 else str(v) for k, v in file.attrs.items()}
-    return Trajectories(
-        values=values if chosen.step > 0 else {name: v.flip(0) for name, v in values.items()},
-        dims=dict.fromkeys(values, ("time", "x")),
-        axes={"time": Axis(values=t[: shape[1] : every_time]), "x": Axis(values=x[::every_point])},
-        cases=chosen,
-        attributes=about,
-    )
-
-
-def _family(file: Any, path: Path) -> Mapping[str, str]:
-    """Keys of the file's family."""
-    for keys in _FAMILIES.values():
-        if all(key in file for key in (*keys, *_GRID)):
-            return keys
-    known = "; ".join(f"{', '.join((*keys, *_GRID))} ({family})" for family, keys in _FAMILIES.items())
-    there = sorted(map(str, file))
-    listed = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
-    raise InputError(f"{path} is no set of PDEBench that is known: it has {listed or 'nothing'}; needed are {known}.")
-
-
-def _there(path: str | Path) -> Path:
+def existing_file(path: str | Path) -> Path:
+    """Return a path where there is a file; InputError if there is none."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     return path
 
 
-def _within(cases: range | None, count: int, path: Path) -> range:
-    """Return the cases that were asked for, if the file has them."""
+def cases_within(cases: range | None, count: int, path: Path) -> range:
+    """Return the cases that were asked for; InputError if the file does not have them."""
     chosen = range(count) if cases is None else cases
     if not chosen or min(chosen) < 0 or max(chosen) >= count:
         raise InputError(f"{path} has the cases 0 to {count - 1}, got {chosen}.")
