@@ -297,6 +297,82 @@ class InstanceCard(_Card):
     truth: Row
 
 
+class BurgersTable(_Card):
+    """Cases of viscous Burgers' equation: a published setting, parts of it replaced where they are given.
+
+    Cases are held out by their seed; training takes seed 0. `refine` is the number of cells in a control cell of the
+    solver that makes the data and judges.
+    """
+
+    type: Literal["Burgers"]
+    setting: str
+    partial: Literal["none", "control", "observation", "both"] = "none"
+    points: Annotated[int, Field(strict=True, ge=5)] | None = None
+    windows: Count | None = None
+    duration: Positive | None = None
+    viscosity: Positive | None = None
+    narrow: Positive | None = None
+    scale: Positive | None = None
+    seed: Index = 1
+    cases: Count = 50
+    refine: Count = 4
+
+
+class ControlTable(_Card):
+    """A cost to be low: mean squared distance from the target, and weight times the sum of the squared forcing.
+
+    The final state is the trajectory's own or, with `solver`, what a solver with `refine` cells in a control cell makes
+    of the forcing. The likelihood is exp(-J / temperature). Without a solver that is a Gaussian one of the target and
+    of no forcing; with `quadratic` it is handed over as such, so that samplers run which need linear measurements.
+    """
+
+    weight: NotNegative
+    temperature: Positive
+    solver: Flag = False
+    refine: Count = 2
+    quadratic: Flag = False
+
+    @model_validator(mode="after")
+    def _is_quadratic(self) -> Self:
+        """Check that a cost through the solver is not taken for a quadratic one."""
+        if self.quadratic and self.solver:
+            raise ValueError("the cost is quadratic without a solver alone; give quadratic or solver")
+        return self
+
+
+class SensorsTable(_Card):
+    """Sensors of the state in `count` cells, by index, or in all; read at the ends of windows `first` to `last`.
+
+    Number 0 is the initial state; every so-manieth is read.
+    """
+
+    count: Count | None = None
+    first: Index = 0
+    last: Index | None = None
+    every: Count = 1
+    noise_std: Positive
+
+
+class EquationCard(_Card):
+    """A problem of trajectories that obey a differential equation."""
+
+    name: str
+    version: Index
+    title: str
+    description: str
+    equation: BurgersTable
+    given: tuple[Literal["initial", "target", "state", "forcing"], ...]
+    control: ControlTable | None = None
+    sensors: SensorsTable | None = None
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        """Check that there is either something to reach or something measured."""
+        if (self.control is None) == (self.sensors is None):
+            raise ValueError("a problem of an equation has either a table control or a table sensors")
+        return self
+
+
 class DataFile(_Card):
     """A file of a data set."""
 
@@ -343,7 +419,7 @@ class DataCard(_Card):
         return self
 
 
-Card = ProblemCard | InstanceCard | DataCard
+Card = ProblemCard | InstanceCard | EquationCard | DataCard
 MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard}
 """Priors' cards are plain: `invdiff.priors.loading.read_card`."""
 
@@ -375,7 +451,9 @@ def validate(values: Mapping[str, Any], kind: str, where: str) -> Card:
     """
     if kind not in MODELS:
         raise CatalogueError.unknown("kind of card", kind, MODELS)
-    model = InstanceCard if kind == "problems" and "prior" in values else MODELS[kind]
+    model = MODELS[kind]
+    if kind == "problems":
+        model = InstanceCard if "prior" in values else EquationCard if "equation" in values else model
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

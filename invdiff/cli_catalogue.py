@@ -82,7 +82,7 @@ def run_show(name: str) -> None:
 
         path = cards.find("priors", name)  # a card's file, or a prior's folder
         keys = read_values(path)
-        found = [("problems" if "operator" in keys else "data" if "reader" in keys else "priors", path)]
+        found = [("problems" if {"operator", "equation"} & {*keys} else "data" if "reader" in keys else "priors", path)]
     if not found:
         known = [*samplers, *(n for kind in cards.KINDS for n in cards.names(kind))]
         raise CatalogueError.unknown("problem, prior, data set or sampler", name, known)

@@ -53,7 +53,7 @@ def picture_problem(
     InvdiffError
         If the card, the picture or the operator's parameters are not what they should be.
     """
-    from invdiff.card_models import ProblemCard
+    from invdiff.card_models import EquationCard, ProblemCard
 
     if request.noise is not None and "std" in noise:
         raise InputError("--noise and --set noise.std say the same thing; give one of them.")
@@ -62,6 +62,11 @@ def picture_problem(
         _refuse_photons(request, settings)
         settings["noise.std"] = request.noise
     card = read_problem_card(request.problem, settings)
+    if isinstance(card, EquationCard):
+        raise InputError(
+            f"{card.name} is no problem of pictures: its unknown is a trajectory. Solve it in Python, under a prior of "
+            f"such trajectories: invdiff.solve(invdiff.load_problem({card.name!r}, index=0), prior)."
+        )
     if not isinstance(card, ProblemCard):
         raise InputError(
             f"{card.name} is no problem of pictures: it holds one measurement and brings a prior of its own. Solve it "

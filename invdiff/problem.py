@@ -19,7 +19,7 @@ from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator, fingerprint
 
 if TYPE_CHECKING:
-    from invdiff.card_models import InstanceCard, ProblemCard
+    from invdiff.card_models import EquationCard, InstanceCard, ProblemCard
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +168,8 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
     card
         Name or path.
     index
-        Which of the data set's pictures; also seeds kernels, masks and noise where the card says so. 0 for a problem
-        with one fixed measurement.
+        Which of the data set's pictures, or of an equation's cases; also seeds kernels, masks, sensors and noise where
+        the card says so. 0 for a problem with one fixed measurement.
     data
         Folder of the data set's files, where they are not part of an installed package; environment variable
         INVDIFF_DATA if None.
@@ -181,20 +181,22 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
     CatalogueError
         If there is no such card.
     InputError
-        If the card has a mistyped field, or the data are not there.
+        If the card has a mistyped field, or the data, or a case of that index, are not there.
     """
     settings = {name.replace("__", "."): value for name, value in overrides.items()}
     found = read_problem_card(card, settings)
-    from invdiff.card_models import InstanceCard
+    from invdiff.card_models import EquationCard, InstanceCard
 
-    return (
-        instance_from_card(found, index)
-        if isinstance(found, InstanceCard)
-        else problem_from_card(found, index, data=data)
-    )
+    if isinstance(found, InstanceCard):
+        return instance_from_card(found, index)
+    if isinstance(found, EquationCard):
+        return trajectory_problem_from_card(found, index)
+    return problem_from_card(found, index, data=data)
 
 
-def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = None) -> "ProblemCard | InstanceCard":
+def read_problem_card(
+    card: str | Path, settings: Mapping[str, Any] | None = None
+) -> "ProblemCard | InstanceCard | EquationCard":
     """Card of a problem by name or path, some of its settings replaced by dotted name.
 
     Files that the card names are sought beside it; files in the settings, from the working folder.
@@ -206,7 +208,7 @@ def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = Non
     InputError
         If there is no card at a path, or a field is mistyped, missing or unknown.
     """
-    from invdiff.card_models import InstanceCard, ProblemCard, override, read_values, validate
+    from invdiff.card_models import DataCard, override, read_values, validate
     from invdiff.cards import find
 
     path = find("problems", card)
@@ -214,7 +216,7 @@ def read_problem_card(card: str | Path, settings: Mapping[str, Any] | None = Non
     _beside(values, path.parent)
     where = str(path) + (f" with {', '.join(f'{k} = {v!r}' for k, v in settings.items())}" if settings else "")
     found = validate(override(values, settings or {}), "problems", where)
-    assert isinstance(found, ProblemCard | InstanceCard)
+    assert not isinstance(found, DataCard)
     return found
 
 
@@ -322,3 +324,49 @@ def instance_from_card(card: "InstanceCard", index: int = 0) -> Problem:
         name=card.name,
         card=card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
     )
+
+
+def trajectory_problem_from_card(card: "EquationCard", index: int = 0, *, seed: int = 0) -> Problem:
+    """Make the problem of a card of a differential equation; float64.
+
+    What is known stands in ``given``, as a prior's ``condition`` takes it; the reference is the case's own trajectory.
+
+    Parameters
+    ----------
+    card
+        From `read_problem_card`.
+    index
+        Which of the card's cases; sensors and noise follow it and the card's name.
+    seed
+        Another seed is another noise.
+
+    Raises
+    ------
+    CatalogueError
+        If there is no such setting of the equation.
+    InputError
+        If there is no such case, or the sensors do not fit the grid.
+    """
+    from invdiff.card_models import card_hash
+    from invdiff.pde.burgers_cards import burgers_case, burgers_cost, state_sensors
+    from invdiff.pde.burgers_control import TrajectoryCost
+
+    case = burgers_case(card.equation, index)
+    about: dict[str, Any] = {
+        "event": case.event,
+        "given": {name: case.known[name] for name in card.given},
+        "name": card.name,
+        "card": card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
+    }
+    if card.sensors is not None:
+        sensors = state_sensors(card.sensors, case.setting, stream_key(0, card.name, index, "sensors"))
+        noise = stream_key(seed, card.name, index)
+        return Problem.simulate(sensors, case.truth, noise_std=card.sensors.noise_std, seed=noise, **about)
+    assert card.control is not None
+    cost = burgers_cost(card.control, case, card.control.refine)
+    J = TrajectoryCost(cost, solve=card.control.solver)
+    T = card.control.temperature
+    likelihood: Likelihood = (
+        likelihoods.Gaussian(*J.measurement(T)) if card.control.quadratic else likelihoods.Objective(J, T, J.in_shape)
+    )
+    return Problem(likelihood, reference=case.truth, **about)

@@ -1,8 +1,6 @@
 """A solution: posterior draws with names, units, coordinates, weights and provenance."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,6 +17,7 @@ from invdiff.draws import Draws, systematic_resample
 from invdiff.driver import Info
 from invdiff.errors import CapabilityError, InputError, ShapeError
 from invdiff.event import Event, Variable
+from invdiff.files import atomic_path, reserve
 from invdiff.likelihoods import Likelihood
 from invdiff.noise import Noise
 
@@ -262,7 +261,7 @@ class Solution:
         path = Path(path)
         with atomic_path(path) as partial:
             # HDF5 dies at exit after a write that failed for want of space: take the space first.
-            _reserve(partial, sum(node.dataset.nbytes for node in self.data.subtree))
+            reserve(partial, sum(node.dataset.nbytes for node in self.data.subtree))
             self.data.to_netcdf(partial, engine="h5netcdf")
         return path
 
@@ -340,53 +339,6 @@ def _cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _std(x: Tensor) -> Tensor:
     return x.std(0) if len(x) > 1 else torch.full_like(x[0], torch.nan)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Fail with OSError unless a file can grow to a size."""
-    block = bytes(min(size, 2**20))
-    with path.open("wb", buffering=0) as file:
-        while size > 0:
-            size -= file.write(block[:size])
-        os.fsync(file.fileno())
-
-
-class atomic_path:  # noqa: N801 used as a context manager
-    """A temporary path beside the target that replaces it on success and vanishes on failure.
-
-    Raises
-    ------
-    InputError
-        On entry or exit, if the folder is missing or cannot be written, or the disk is full.
-    """
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> Path:
-        try:
-            handle, name = tempfile.mkstemp(
-                dir=self.target.parent, prefix=f".{self.target.name}.", suffix=self.target.suffix
-            )
-        except OSError as error:
-            raise InputError(f"Cannot write {self.target}: {error.strerror}.") from error
-        os.close(handle)
-        self.partial = Path(name)
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                self.partial.chmod(0o666 & ~umask)  # mkstemp's 0600 would surprise
-                self.partial.replace(self.target)
-        except OSError as problem:
-            raise InputError(f"Cannot write {self.target}: {problem.strerror}.") from problem
-        finally:
-            self.partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"Cannot write {self.target}: {error.strerror or error}.") from error
 
 
 def variables_from_json(text: str) -> Event:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from invdiff.errors import CapabilityError, InputError
 from invdiff.event import Variable
-from invdiff.solution import Solution, atomic_path
+from invdiff.files import atomic_path
+from invdiff.solution import Solution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

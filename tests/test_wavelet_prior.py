@@ -268,6 +268,11 @@ def test_conditioning_refuses_what_it_does_not_know(unchecked):
         WaveletPrior(Plain(), decoder_of_two(grid=(3, 5)), EVENT)
     with pytest.raises(ShapeError, match="they must be the same"):
         WaveletPrior(Plain(), decoder_of_two(), EVENT[::-1])
+    plain = [Variable(name=v.name, dims=v.dims[1:], shape=v.shape[1:]) for v in EVENT]
+    assert WaveletPrior(Plain(), decoder_of_two(), tuple(plain)).event == tuple(plain), "one channel needs no axis"
+    for wrong in (plain[::-1], [*plain, plain[0]], [plain[0], Variable(name="f", dims=("i",), shape=(24,))]):
+        with pytest.raises(ShapeError, match="they must be the same"):
+            WaveletPrior(Plain(), decoder_of_two(), tuple(wrong))
     with pytest.raises(CapabilityError, match="not a Gaussian"):
         gaussian_wavelet_prior(MixturePrior(torch.ones(1), torch.zeros(1, 4), torch.eye(4)[None]), decoder_of_two())
     with pytest.raises(ShapeError, match="has 64 values and the decoder gives 54"):

@@ -10,13 +10,17 @@ solver's adjoint: the best that a method can do which may ask the solver as ofte
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, final
+from math import sqrt
+from typing import Any, cast, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from invdiff.errors import InputError, ShapeError
+from invdiff.operators.base import LinearOperator
+from invdiff.operators.inpainting import Inpainting
+from invdiff.operators.reshape import Reshape
 from invdiff.pde.burgers import Burgers
 
 
@@ -80,9 +84,13 @@ class BurgersCost(nn.Module):
         states: Tensor = self.solver(self.initial.to(forcing).expand(len(forcing), -1), acting)
         return states[:, -1]
 
+    def distance(self, final: Float[Tensor, "n points"]) -> Float[Tensor, " n"]:
+        """Mean squared distance of final states from the target over the observed cells."""
+        return (final - self.target.to(final))[:, self.observed].square().mean(1)
+
     def misfit(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, " n"]:
         """Mean squared distance from the target over the observed cells."""
-        return (self.final(forcing) - self.target.to(forcing))[:, self.observed].square().mean(1)
+        return self.distance(self.final(forcing))
 
     def energy(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, " n"]:
         """Sum of the squared forcing that acts."""
@@ -91,6 +99,85 @@ class BurgersCost(nn.Module):
     def forward(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, " n"]:
         """J."""
         return self.misfit(forcing) + self.weight * self.energy(forcing)
+
+
+@final
+class TrajectoryCost(nn.Module):
+    r"""J of whole trajectories: states (windows + 1, points) and forcing (windows, points), flat, one after the other.
+
+    So stand an event's variables behind one tensor. Without a solver the final state is the trajectory's own, and
+    whether forcing leads there is the prior's business; with it, it is what the cost's solver makes of the forcing, and
+    the states are not looked at.
+
+    Parameters
+    ----------
+    cost
+        Target, weight and masks, and the solver.
+    solve
+        Whether the solver is asked.
+    """
+
+    def __init__(self, cost: BurgersCost, *, solve: bool = False) -> None:
+        super().__init__()
+        self.cost, self.solve = cost, bool(solve)
+        windows, points = cost.in_shape
+        self.in_shape = ((2 * windows + 1) * points,)
+
+    def forward(self, x: Float[Tensor, "n size"]) -> Float[Tensor, " n"]:
+        """J.
+
+        Raises
+        ------
+        ShapeError
+            If trajectories do not have as many values.
+        """
+        if tuple(x.shape[1:]) != self.in_shape:
+            raise ShapeError(f"Trajectories have {self.in_shape[0]} values, states and forcing, got {tuple(x.shape)}.")
+        windows, points = self.cost.in_shape
+        forcing = x[:, (windows + 1) * points :].reshape(-1, windows, points)
+        if self.solve:
+            return self.cost(forcing)  # type: ignore[no-any-return]
+        states = x[:, : (windows + 1) * points].reshape(-1, windows + 1, points)
+        return self.cost.distance(states[:, -1]) + self.cost.weight * self.cost.energy(forcing)
+
+    def measurement(
+        self, temperature: float
+    ) -> tuple[LinearOperator, Float64[Tensor, " measured"], Float64[Tensor, " measured"]]:
+        r"""Return operator, measurement and noise whose Gaussian likelihood is exp(-J / temperature) up to a factor.
+
+        Without a solver J is a sum of squares: the seen cells' final state measured as the target with variance
+        ``cells * temperature / 2``, and the acting forcing measured as zero with variance ``temperature / (2 weight)``.
+
+        Raises
+        ------
+        InputError
+            If the solver is asked, for then the final state is not linear in the forcing.
+        """
+        if self.solve:
+            raise InputError("A cost that asks the solver is no Gaussian measurement; take solve=False, or Objective.")
+        cost, (windows, points) = self.cost, self.cost.in_shape
+        mask = torch.zeros(2 * windows + 1, points, dtype=torch.bool)
+        mask[windows] = cost.observed.cpu()
+        if cost.weight > 0.0:
+            mask[windows + 1 :] = cost.controlled.cpu()
+        target = cost.target[cost.observed].double().cpu()
+        y = torch.zeros(int(mask.sum()), dtype=torch.float64)
+        y[: len(target)] = target
+        std = torch.full_like(y, sqrt(len(target) * temperature / 2.0))
+        std[len(target) :] = sqrt(temperature / (2.0 * cost.weight)) if cost.weight > 0.0 else 0.0
+        return picked(mask), y, std
+
+
+def picked(mask: Bool[Tensor, "rows points"]) -> LinearOperator:
+    """Operator that picks values of flat trajectories, by row and point; diagonal in the standard basis.
+
+    Parameters
+    ----------
+    mask
+        Over the states' rows and then the forcing's, (2 windows + 1, points).
+    """
+    size = mask.numel()
+    return cast(LinearOperator, Inpainting(mask.reshape(1, size), (1, 1, size)) @ Reshape((size,), (1, 1, size)))
 
 
 @final

@@ -42,8 +42,8 @@ class WaveletPrior(nn.Module):
     decoder
         The way out; a transform stands for its decoder without scales on its own grid.
     event
-        The unknown: variables of the decoder's names, order and shapes, a single channel left out or not. Numbered axes
-        if None.
+        The unknown: variables of the decoder's names, order and shapes; where there are several, a single channel's
+        axis may be left out. Numbered axes if None.
     conditions
         Operators from what may be given (states, parameters) to the latents' grid, (channels, \*grid), by name.
 
@@ -66,13 +66,11 @@ class WaveletPrior(nn.Module):
         if tuple(prior.shape) != decoder.in_shape:
             raise ShapeError(f"The prior has shape {tuple(prior.shape)}, the decoder takes {decoder.in_shape}.")
         event = _plain(decoder) if event is None else tuple(event)
-        ours = [(v.name, v.shape) for v in event]
         theirs = list(zip(decoder.names, decoder.shapes, strict=True))
-        agree = len(ours) == len(theirs) and all(
-            (a == b or len(theirs) == 1) and _same(mine, yours)
-            for (a, mine), (b, yours) in zip(ours, theirs, strict=True)
-        )
-        if not agree:
+        ours = [(v.name, v.shape) for v in event]
+        # Several variables stand flat behind one tensor, where an axis of one makes no difference.
+        whole = ours if len(theirs) == 1 else [_with_channel(*pair) for pair in zip(event, theirs, strict=False)]
+        if len(event) != len(theirs) or (whole != theirs and (len(theirs) > 1 or ours[0][1] != theirs[0][1])):
             raise ShapeError(f"The event has the variables {ours}, the decoder {theirs}; they must be the same.")
         self.prior, self.decoder, self._event = prior, decoder, event
         self.conditions = nn.ModuleDict(dict(conditions or {}))
@@ -209,6 +207,12 @@ def _plain(decoder: WaveletDecoder) -> Event:
     if len(decoder.names) == 1:
         return plain_event(decoder.shapes[0])
     return tuple(_numbered(name, shape) for name, shape in zip(decoder.names, decoder.shapes, strict=True))
+
+
+def _with_channel(variable: Variable, other: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of a variable, with an axis for its single channel if the other has one that it lacks."""
+    lacks = other[1] == (1, *variable.shape)
+    return variable.name, other[1] if lacks else variable.shape
 
 
 def _numbered(name: str, shape: tuple[int, ...]) -> Variable:

@@ -1,0 +1,222 @@
+"""Problems of Burgers' equation from cards: the case, its event, cost and sensors, and the judge of a forcing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from invdiff.errors import InputError
+from invdiff.event import Event
+from invdiff.noise import Noise
+from invdiff.operators.base import LinearOperator
+from invdiff.pde.burgers_control import BurgersCost, picked
+from invdiff.pde.burgers_data import BurgersSetting, burgers_cases
+from invdiff.pde.trajectory_files import Axis, Trajectories
+
+if TYPE_CHECKING:
+    from invdiff.card_models import BurgersTable, ControlTable, SensorsTable
+
+_REPLACED = ("points", "windows", "duration", "viscosity", "narrow", "scale")
+
+
+def burgers_trajectories(setting: BurgersSetting, indices: range, *, seed: int = 0, refine: int = 4) -> Trajectories:
+    """Solve random cases.
+
+    Parameters
+    ----------
+    setting
+        Grid and law.
+    indices
+        Numbers of the cases, from 0; at least one.
+    seed
+        As for `burgers_cases`; 0 is for training, 1 is held out.
+    refine
+        The solver's cells in a cell of the control grid.
+
+    Returns
+    -------
+    Trajectories
+        "state" (windows + 1, points) over time and x, and "forcing" (windows, points) over window and x, float64, in
+        the units of the equation, which has none.
+    """
+    initial, forcing = burgers_cases(setting, indices, seed=seed)
+    with torch.no_grad():
+        state = setting.solver(refine)(initial, forcing)
+    times = torch.linspace(0.0, setting.duration, setting.windows + 1, dtype=torch.float64)
+    x = torch.linspace(0.0, 1.0, setting.points + 1, dtype=torch.float64)
+    return Trajectories(
+        values={"state": state, "forcing": forcing},
+        dims={"state": ("time", "x"), "forcing": ("window", "x")},
+        axes={"time": Axis(values=times), "window": Axis.between(times), "x": Axis.between(x)},
+        cases=indices,
+        attributes={
+            "equation": "Burgers",
+            "viscosity": setting.viscosity,
+            "boundary": "wall",
+            "seed": seed,
+            "refine": refine,
+            "setting": repr(setting),
+        },
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BurgersCase:
+    """A case of a card.
+
+    Parameters
+    ----------
+    setting
+        Grid and law.
+    event
+        The unknown: "state" and "forcing".
+    initial
+        Averages at the start, (points,).
+    state, forcing
+        The case's own, (windows + 1, points) and (windows, points).
+    """
+
+    setting: BurgersSetting
+    event: Event
+    initial: Float64[Tensor, " points"]
+    state: Float64[Tensor, "states points"]
+    forcing: Float64[Tensor, "windows points"]
+
+    @property
+    def truth(self) -> Float64[Tensor, " size"]:
+        """State and forcing, flat, as the event's variables stand behind one tensor."""
+        return torch.cat((self.state.flatten(), self.forcing.flatten()))
+
+    @property
+    def known(self) -> Mapping[str, Tensor]:
+        """What a problem may give, by name; states are zero in cells that are not seen."""
+        states = {"initial": self.initial, "target": self.state[-1], "state": self.state}
+        seen = self.setting.observed
+        return {name: torch.where(seen, u, 0.0) for name, u in states.items()} | {"forcing": self.forcing}
+
+
+def burgers_case(card: "BurgersTable", index: int) -> BurgersCase:
+    """Make and solve a case of a card's section ``[equation]``.
+
+    Raises
+    ------
+    CatalogueError
+        If there is no such setting.
+    InputError
+        If there is no case of that index.
+    """
+    if not 0 <= index < card.cases:
+        raise InputError(f"The card has the cases 0 to {card.cases - 1}, got index {index}.")
+    own = {name: getattr(card, name) for name in _REPLACED if getattr(card, name) is not None}
+    setting = replace(BurgersSetting.named(card.setting, card.partial), **own)
+    one = range(index, index + 1)
+    solved = burgers_trajectories(setting, one, seed=card.seed, refine=card.refine)
+    state, forcing = (value[0] for value in solved.values.values())
+    # The solver's first state is that of the case to rounding; who solves again must begin where it began.
+    initial, _ = burgers_cases(setting, one, seed=card.seed)
+    return BurgersCase(setting=setting, event=solved.event, initial=initial[0], state=state, forcing=forcing)
+
+
+def burgers_cost(card: "ControlTable", case: BurgersCase, refine: int) -> BurgersCost:
+    """Cost of a forcing: from the case's initial state, in full, to where its own forcing leads."""
+    setting = case.setting
+    return BurgersCost(
+        setting.solver(refine),
+        case.initial,
+        case.state[-1],
+        weight=card.weight,
+        observed=setting.observed,
+        controlled=setting.controlled,
+    )
+
+
+def state_sensors(card: "SensorsTable", setting: BurgersSetting, key: int) -> LinearOperator:
+    """Read states in some cells at the ends of some windows: flat events to (times * cells,), time by time.
+
+    Parameters
+    ----------
+    card
+        The card's section ``[sensors]``.
+    setting
+        Grid.
+    key
+        Of the stream that places the sensors, in different cells.
+
+    Raises
+    ------
+    InputError
+        If there are more sensors than cells, or nothing is read in the trajectory's time.
+    """
+    points, windows = setting.points, setting.windows
+    count, last = card.count or points, windows if card.last is None else card.last
+    times = range(card.first, last + 1, card.every)
+    if count > points or last > windows or not times:
+        raise InputError(
+            f"Sensors stand in at most {points} cells and are read at the ends of windows 0 to {windows}; got "
+            f"{count} sensors read from {card.first} to {last}."
+        )
+    noise = Noise([key], 1, dtype=torch.float64)
+    cells = noise.uniform(noise.slots, (points,))[0].argsort()[:count]
+    mask = torch.zeros(2 * windows + 1, points, dtype=torch.bool)
+    mask[torch.tensor(times)[:, None], cells] = True
+    return picked(mask)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BurgersScore:
+    """What forcings cost, as the judge's solver has it.
+
+    Parameters
+    ----------
+    J
+        Misfit and weighted energy, (n,).
+    misfit
+        Mean squared distance of the final state from the target over the observed cells, (n,).
+    energy
+        Sum of the squared forcing, (n,).
+    """
+
+    J: Tensor
+    misfit: Tensor
+    energy: Tensor
+
+
+def burgers_judge(card: Mapping[str, Any], forcing: Float[Tensor, "n windows points"]) -> BurgersScore:
+    """Judge forcings by the solver of a problem's card, whatever the problem was solved with.
+
+    The case is made anew from the card, so that neither a method's idea of the final state nor a coarser solver has a
+    say: ``burgers_judge(problem.card, solution.draws["forcing"])``. In cells that are not controlled a forcing counts
+    as zero.
+
+    Parameters
+    ----------
+    card
+        ``problem.card``, or the same from a solution's provenance: a problem of control.
+    forcing
+        Drawn or found; computed in float64.
+
+    Raises
+    ------
+    InputError
+        If the card is none of control.
+    ShapeError
+        If the forcing does not have the grid's shape.
+    SolverError
+        If a forcing leads to a state that is not finite.
+    """
+    from invdiff.card_models import EquationCard, validate
+
+    values = {name: value for name, value in card.items() if name not in ("index", "hash")}
+    found = validate(values, "problems", "the problem's card")
+    if not isinstance(found, EquationCard) or found.control is None:
+        raise InputError(f"Problems of control are judged; {values.get('name')!r} is none.")
+    cost = burgers_cost(found.control, burgers_case(found.equation, int(card["index"])), found.equation.refine)
+    f = forcing.detach().double().cpu()
+    with torch.no_grad():
+        misfit, energy = cost.misfit(f), cost.energy(f)
+    return BurgersScore(J=misfit + cost.weight * energy, misfit=misfit, energy=energy)
