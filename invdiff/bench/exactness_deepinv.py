@@ -10,8 +10,10 @@ from torch import Tensor
 
 from invdiff.bench.deepinv_samplers import Passes, Run, Settings, draw
 from invdiff.diagnostics.exactness import ExactProblem
+from invdiff.errors import CapabilityError
 from invdiff.priors.field import FieldPrior
 from invdiff.priors.gaussian import GaussianPrior
+from invdiff.priors.wavelet import WaveletPrior
 
 
 def exact_denoiser(prior: FieldPrior | GaussianPrior, passes: Passes) -> Any:
@@ -50,6 +52,8 @@ def exact_denoiser(prior: FieldPrior | GaussianPrior, passes: Passes) -> Any:
 def run(sampler: str, settings: Settings, case: ExactProblem, draws: int, seed: int) -> Run:
     """Draw from a problem's posterior with one of deepinv's samplers; see `invdiff.bench.deepinv_samplers.draw`."""
     prior = case.prior
+    if isinstance(prior, WaveletPrior):
+        raise CapabilityError("deepinv's samplers work on pictures in their own values, not on wavelet coefficients.")
     return draw(
         sampler,
         settings,

@@ -12,6 +12,10 @@ and by |S^ - S|_F in units of its floor sqrt((tr S)^2 + tr S^2) / sqrt(N). The b
 N and S: four standard deviations of each figure (its chi-square's quantile, for the two that are norms), and an
 allowance of 2 % for the discretisation that is left at the largest number of steps. Weighted draws have the bounds of
 their effective number.
+
+A singular S, as of a trajectory that its initial state determines, is whitened on its support, the r directions with
+variance, in place of d. What draws have outside is a figure of its own, off support: its root mean square over
+sqrt(tr S), at most the allowance.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +33,15 @@ from invdiff.operators.base import SVD, LinearOperator
 from invdiff.priors.exact import GaussianPosterior
 from invdiff.priors.field import FieldPrior
 from invdiff.priors.gaussian import GaussianPrior
+from invdiff.priors.wavelet import WaveletPrior
 from invdiff.problem import Problem
 from invdiff.solution import Solution
 from invdiff.solve import solve
 
 ALLOWANCE = 0.02
 """Relative error that the discretisation may leave at the largest number of steps."""
+_SINGULAR = 1e-12
+"""Directions with less of the largest eigenvalue than this have no variance: rounding leaves 1e-15."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +53,11 @@ class ExactProblem:
     name
         Name in reports.
     prior, problem, exact
-        Analytic prior, measurement, and the posterior.
+        Analytic prior, measurement, and the posterior of the event in physical units.
     """
 
     name: str
-    prior: FieldPrior | GaussianPrior
+    prior: FieldPrior | GaussianPrior | WaveletPrior
     problem: Problem
     exact: GaussianPosterior
 
@@ -122,6 +129,9 @@ class Exactness:
         1, 1 and 0.9 for exact draws.
     log_evidence_error
         Estimate less the exact log-evidence, nats, and its standard error, or None.
+    off_support
+        Root mean square of what the draws have in directions without variance, over that of all values about the mean;
+        None where there are no such directions.
     bounds
         The figures' admitted range for exact draws, by name.
     """
@@ -133,6 +143,7 @@ class Exactness:
     whitened: float
     mass: float
     log_evidence_error: float | None
+    off_support: float | None = None
     bounds: dict[str, tuple[float, float]]
 
     @property
@@ -150,7 +161,7 @@ class Exactness:
 def measure(z: Tensor, exact: GaussianPosterior, log_weights: Tensor | None = None) -> Exactness:
     """Compare draws (n, *event) with a Gaussian posterior; weighted draws by their weighted moments."""
     x, m, S = z.flatten(1).double(), exact.mean.flatten(), exact.covariance
-    n, d = x.shape
+    n = len(x)
     w = torch.full((n,), 1.0 / n, dtype=x.dtype) if log_weights is None else torch.softmax(log_weights.double(), 0)
     size = float(1.0 / (w**2).sum())
     mean = w @ x
@@ -158,7 +169,12 @@ def measure(z: Tensor, exact: GaussianPosterior, log_weights: Tensor | None = No
     cov = (centred * w[:, None]).T @ centred / (1.0 - 1.0 / size)
     trace, trace2, trace4 = float(S.trace()), float((S**2).sum()), float(((S @ S) ** 2).sum())
     std = S.diagonal().sqrt()
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(S), (x - m).T, upper=False).square().sum(0) / d
+    values, vectors = torch.linalg.eigh(S)
+    has = values > _SINGULAR * values[-1]
+    d = int(has.sum())
+    c = (x - m) @ vectors
+    whitened = (c[:, has].square() / values[has]).sum(1) / d
+    off_support = None if bool(has.all()) else sqrt(float(w @ c[:, ~has].square().sum(1)) / trace)
     equal = x
     if log_weights is not None:
         equal = x[torch.multinomial(w, n, replacement=True, generator=torch.Generator().manual_seed(0))]
@@ -185,12 +201,14 @@ def measure(z: Tensor, exact: GaussianPosterior, log_weights: Tensor | None = No
         whitened=float(w @ whitened),
         mass=float(mass),
         log_evidence_error=None,
+        off_support=off_support,
         bounds={
             "mean_error": (0.0, mean_high),
             "covariance_error": (0.0, cov_high),
             "variance_ratio": around(1.0, sqrt(2.0 * correlation2 / size)),
             "whitened": around(1.0, sqrt(2.0 / (size * d))),
             "mass": around(0.9, sqrt(0.09 * sqrt(correlation2) / size)),
+            **({} if off_support is None else {"off_support": (0.0, a)}),
         },
     )
 
