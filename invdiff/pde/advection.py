@@ -4,9 +4,9 @@ The solution is u(x, t) = u_0(x - c t), so there is no time step, and no kernel 
 reconstruction of u_0 from its averages in cells, shifted exactly and averaged again. Errors do not grow with time.
 
 "spectral" takes the trigonometric polynomial through the averages. Its averages shift as its values do, by a phase for
-each wave number: hat U_k(t) = exp(-2 pi i k c t / length) hat U_k, one pair of Fourier transforms for all times. Exact for
-waves that the grid resolves; rings at jumps. With an even number of points the highest wave is known by its cosine
-alone, and is multiplied by cos(pi c t / h).
+each wave number: hat U_k(t) = exp(-2 pi i k c t / length) hat U_k, one pair of Fourier transforms for all times.
+Exact for waves that the grid resolves; rings at jumps. With an even number of points the highest wave is known by its
+cosine alone, and is multiplied by cos(pi c t / h).
 
 "conservative" takes a line in each cell, with the average and van Leer's (1977) monotonised central slope. A shift by
 j + d cells, 0 <= d < 1, averages the parts of two lines:
@@ -14,8 +14,8 @@ j + d cells, 0 <= d < 1, averages the parts of two lines:
     U_i(t) = (1 - d) (U_{i-j} - d s_{i-j} / 2) + d (U_{i-j-1} + (1 - d) s_{i-j-1} / 2),
     s = minmod(2 a, (a + b) / 2, 2 b),   a and b the differences to the left and to the right.
 
-Second order where the solution is smooth, less at extrema; every average stays between those that it is made of, so that
-no new extremum appears at a jump.
+Second order where the solution is smooth, less at extrema; every average lies between those of the cells around it, so
+that no new extremum appears at a jump.
 """
 
 from math import isfinite, pi

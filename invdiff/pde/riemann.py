@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from invdiff.errors import InputError, ShapeError, SolverError
+from invdiff.errors import InputError, ShapeError
 
 _ITERATIONS = 200
 
@@ -27,7 +27,7 @@ def _checked(left: Tensor, right: Tensor, gamma: float) -> tuple[Tensor, Tensor]
     if not gamma > 1.0:
         raise InputError(f"gamma is above 1, got {gamma}.")
     both = torch.stack((left, right)).double()
-    if not bool((torch.isfinite(both).all() & (both[..., ::2] > 0.0).all())):
+    if not bool(torch.isfinite(both).all() & (both[..., ::2] > 0.0).all()):
         raise InputError("States are density, velocity and pressure, finite, density and pressure positive.")
     return both[0], both[1]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.kernels.flow_trajectory.scheme import BOUNDARIES, LIMIT, START
+from invdiff.kernels.flow_trajectory.scheme import BOUNDARIES, LIMIT, MOST, START
 from invdiff.kernels.threads import share
 
 
@@ -110,7 +110,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     def run(
         U: Any, V: Any, W: Any, s: Any, F: Any, numbers: Any, h: float, window: float, count: int, limit: float,
         boundary: int,
-    ) -> float:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Make the steps of a window of U in place; return as `reference.run_window`. V is scratch."""
         N = U.shape[1]
         half, dt_h = numbers[1], U.dtype.type(window / count) * U.dtype.type(1 / h)
@@ -134,6 +134,13 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
         return 0.0
 
     @numba.njit(nogil=True)
+    def copy(to: Any, source: Any) -> None:
+        # An assignment of arrays compiles a check of shapes and its message, for seconds.
+        for c in range(3):
+            for i in range(to.shape[1]):
+                to[c, i] = source[c, i]
+
+    @numba.njit(nogil=True)
     def forward(
         states: Any, counts: Any, numbers: Any, h: float, window: float, steps: int, boundary: int, start: int,
         stop: int,
@@ -149,24 +156,28 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             over = False
             for t in range(windows):
                 U = states[n, t + 1]
-                U[:] = states[n, t]
+                copy(U, states[n, t])
                 speed, bad = primitive(U, W, numbers, N, boundary)
                 wanted = window * (np.float64(speed) / h) / START
                 count = steps
                 if steps == 0:
-                    count = max(1, int(np.ceil(wanted))) if bad == 0 and wanted < 1e9 else 1
+                    count = max(1, int(np.ceil(wanted))) if bad == 0 and wanted < MOST else 1
                 rate = run(U, V, W, s, F, numbers, h, window, count, LIMIT if steps == 0 else np.inf, boundary)
                 while 0 < rate < np.inf:
                     wanted = window * rate / START
-                    count = max(1, int(np.ceil(wanted))) if wanted < 1e9 else 1
-                    U[:] = states[n, t]
+                    if wanted >= MOST:
+                        rate = np.inf
+                        U[:] = np.nan
+                        break
+                    count = max(1, int(np.ceil(wanted)))
+                    copy(U, states[n, t])
                     rate = run(U, V, W, s, F, numbers, h, window, count, LIMIT, boundary)
                 counts[n, t] = count
                 if over:
                     U[:] = np.nan
                 over = over or rate > 0
 
-    return forward, cpu_adjoint.compiled(primitive, slopes, stage)
+    return forward, cpu_adjoint.compiled(primitive, slopes, stage, copy)
 
 
 def _numbers(h: float, gamma: float, mu: float, dtype: torch.dtype) -> Any:
@@ -181,7 +192,7 @@ def flow_trajectory(
     states = torch.empty(len(U), windows + 1, *U.shape[1:], dtype=U.dtype)
     counts = torch.empty(len(U), windows, dtype=torch.int64)
     states[:, 0] = U
-    end = BOUNDARIES.index(boundary)  # type: ignore[arg-type]
+    end = BOUNDARIES.index(boundary)
     numbers = _numbers(h, gamma, mu, U.dtype)
     share(_compiled()[0], len(U), states.numpy(), counts.numpy(), numbers, float(h), float(window), steps, end)
     return states, counts
@@ -193,7 +204,7 @@ def adjoint(
     """Gradient by the initial state (n, 3, N) of `bar` by all states."""
     U_bar = torch.empty_like(states[:, 0]).contiguous()
     arrays = (states.contiguous().numpy(), counts.numpy(), bar.contiguous().numpy(), U_bar.numpy())
-    end = BOUNDARIES.index(boundary)  # type: ignore[arg-type]
+    end = BOUNDARIES.index(boundary)
     numbers = _numbers(h, gamma, mu, states.dtype)
     share(_compiled()[1], len(states), *arrays, numbers, float(h), float(window), end)
     return U_bar

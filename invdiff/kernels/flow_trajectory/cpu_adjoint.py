@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def compiled(primitive: Any, slopes: Any, stage: Any) -> Callable[..., None]:
+def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[..., None]:
     """Return the compiled adjoint, made of the compiled parts of a forward step."""
     import numba
     import numpy as np
@@ -162,19 +162,22 @@ def compiled(primitive: Any, slopes: Any, stage: Any) -> Callable[..., None]:
         half = numbers[1]
         for n in range(start, stop):
             g = U_bar[n]
-            g[:] = bar[n, windows]
+            copy(g, bar[n, windows])
             for t in range(windows - 1, -1, -1):
                 count = counts[n, t]
                 dt = kind.type(window / count)
                 dt_h = dt * kind.type(1 / h)
                 kept = np.empty((count, 3, N), kind)
-                kept[0] = states[n, t]
+                copy(kept[0], states[n, t])
                 for m in range(count - 1):
                     primitive(kept[m], W, numbers, N, boundary)
                     stage(kept[m], V, W, s, F, dt_h, numbers, N)
                     primitive(V, W, numbers, N, boundary)
                     stage(V, V, W, s, F, dt_h, numbers, N)
-                    kept[m + 1] = half * (kept[m] + V)
+                    here, there = kept[m], kept[m + 1]
+                    for c in range(3):
+                        for i in range(N):
+                            there[c, i] = half * (here[c, i] + V[c, i])
                 for m in range(count - 1, -1, -1):
                     U = kept[m]
                     primitive(U, W, numbers, N, boundary)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from invdiff.kernels.flow_trajectory.scheme import LIMIT, Boundary, steps_of_window
+from invdiff.kernels.flow_trajectory.scheme import LIMIT, MOST, START, Boundary, steps_of_window
 
 
 def _primitive(U: Tensor, gamma: float) -> Tensor:
@@ -66,7 +66,7 @@ def _signals(W: Tensor, h: float, gamma: float, mu: float) -> tuple[Tensor, Tens
 
 
 def first_counts(U: Tensor, h: float, gamma: float, mu: float, window: float) -> list[int]:
-    """Steps that the state at a window's start asks for."""
+    """Return the steps that the state at a window's start asks for."""
     rates, _ = _signals(_primitive(U, gamma), h, gamma, mu)
     return [steps_of_window(rate, window) for rate in rates.tolist()]
 
@@ -108,11 +108,13 @@ def flow_trajectory(
         counts = [steps] * len(U) if steps else first_counts(U, h, gamma, mu, window)
         end, seen = run_window(U, counts, h, gamma, mu, window, boundary, limit)
         while bool(((seen > 0.0) & (seen < torch.inf)).any()):
-            rates = seen.tolist()
+            again = [0.0 < r * window / START < MOST for r in seen.tolist()]
             counts = [
-                steps_of_window(r, window) if 0.0 < r < torch.inf else c for c, r in zip(counts, rates, strict=True)
+                steps_of_window(r, window) if a else c for a, c, r in zip(again, counts, seen.tolist(), strict=True)
             ]
             end, seen = run_window(U, counts, h, gamma, mu, window, boundary, limit)
+            hopeless = ((seen * window / START >= MOST) & (seen < torch.inf))[:, None, None]
+            end, seen = torch.where(hopeless, torch.nan, end), torch.where(hopeless[:, 0, 0], torch.inf, seen)
         # The cells where a trajectory ended are NaN at the first output after it, and all cells later.
         over = torch.isnan(U).any((1, 2)) if len(states) > 1 else torch.zeros(len(U), dtype=torch.bool, device=U.device)
         U = torch.where(over[:, None, None], torch.nan, end)

@@ -1,6 +1,6 @@
 r"""The scheme that every version of the kernel follows: finite volumes of second order with HLLC fluxes.
 
-Averages U = (rho, rho u, E) of density, momentum and total energy in cells of width h, E = p / (gamma - 1) + rho u^2 / 2,
+Averages U = (rho, rho u, E) of density, momentum and energy in cells of width h, E = p / (gamma - 1) + rho u^2 / 2,
 obey, with faces i + 1/2 between cells i and i + 1,
 
     dU_i/dt = -(F_{i+1/2} - F_{i-1/2}) / h,
@@ -29,8 +29,8 @@ Time: the strong-stability-preserving Runge-Kutta method of second order (Gottli
 outputs is made of equal steps. Their number times `START` is what the state at the first output asks for by its fastest
 signal, max_i (|u_i| + c_i + 2 mu / (rho_i h)) / h; where a stage later in between meets a signal for which the step is
 above `LIMIT`, the part is run again with steps for that signal. Each trajectory has steps of its own, whatever batch
-it is in. A stage with density or pressure not positive ends a trajectory: those cells are NaN at the next output, and
-all cells after it.
+it is in. A stage with density or pressure not positive ends a trajectory: those cells are NaN at the next output (all
+cells, where a signal asks for `MOST` steps), and all cells after it.
 """
 
 from math import ceil
@@ -43,9 +43,11 @@ LIMIT = 0.5
 """Largest product of step and signal rate: up to it each stage keeps the total variation of a scalar law."""
 START = 0.4
 """The product that steps are chosen for."""
+MOST = 1e6
+"""Steps of one part at which a trajectory is given up."""
 
 
 def steps_of_window(rate: float, window: float) -> int:
-    """Return the steps of a window for a signal rate, at least one; one where the rate is not finite."""
+    """Return the steps of a window for a signal rate, at least one; one where they were `MOST` or more."""
     wanted = window * rate / START
-    return max(1, ceil(wanted)) if wanted < 1e9 else 1
+    return max(1, ceil(wanted)) if wanted < MOST else 1
