@@ -24,20 +24,25 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
 
     fast = {"contract", "nsz"}
 
-    @numba.njit(nogil=True, fastmath=fast)
-    def primitive(U: Any, W: Any, numbers: Any, N: int, boundary: int) -> tuple[float, int]:
-        """Set padded W (3, N + 4) from U (3, N); return the fastest signal's speed and the number of bad cells."""
-        one, half, gamma, gamma1, mu2_h = numbers[0], numbers[1], numbers[2], numbers[3], numbers[5]
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
+    def primitive(U: Any, W: Any, signal: Any, numbers: Any, N: int, boundary: int) -> Any:
+        """Set padded W (3, N + 4) from U (3, N); return the fastest signal's speed, infinite if a cell is bad.
+
+        signal (at least N) is scratch: the cells' own speeds, infinite where density or pressure is not positive.
+        """
+        half, gamma, gamma1, mu2_h, limit = numbers[1], numbers[2], numbers[3], numbers[5], numbers[7]
         r, u, p = W[0, 2 : N + 2], W[1, 2 : N + 2], W[2, 2 : N + 2]
         rho, m, E = U[0], U[1], U[2]
-        fastest, bad = one - one, 0
         for i in range(N):
             v = m[i] / rho[i]
             pressure = gamma1 * (E[i] - half * m[i] * v)
             r[i], u[i], p[i] = rho[i], v, pressure
             speed = abs(v) + np.sqrt(gamma * pressure / rho[i]) + mu2_h / rho[i]
-            bad += not (rho[i] > 0 and pressure > 0 and speed < np.inf)
-            fastest = max(fastest, speed)
+            signal[i] = speed if (rho[i] > 0) & (pressure > 0) & (speed < limit) else limit
+        # A loop of its own: the one above becomes vector code, a maximum does not.
+        fastest = signal[0]
+        for i in range(1, N):
+            fastest = signal[i] if signal[i] > fastest else fastest
         for c in range(3):
             P = W[c]
             if boundary == 0:
@@ -49,9 +54,9 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
                 P[0], P[1], P[N + 2], P[N + 3] = P[3], P[2], P[N + 1], P[N]
         if boundary == 2:
             W[1, 0], W[1, 1], W[1, N + 2], W[1, N + 3] = -W[1, 0], -W[1, 1], -W[1, N + 2], -W[1, N + 3]
-        return fastest, bad
+        return fastest
 
-    @numba.njit(nogil=True, fastmath=fast)
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
     def slopes(W: Any, s: Any, numbers: Any, N: int) -> None:
         """Set half slopes s (3, N + 2) of the cells from -1 to N."""
         one = numbers[0]
@@ -63,7 +68,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
                 ab = a * b
                 out[i] = ab / (a + b if ab > zero else one) if ab > zero else zero
 
-    @numba.njit(nogil=True, fastmath=fast)
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
     def fluxes(W: Any, s: Any, F: Any, numbers: Any, N: int) -> None:
         """Set fluxes F (3, N + 1) through the faces."""
         one, half, gamma, gamma1, mu_h = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
@@ -82,12 +87,13 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             q = one / (w + z)
             roe, jump = (w * ul + z * ur) * q, q * (ur - ul)
             c = np.sqrt((w * al + z * ar) * q + k * w * z * jump * jump)
-            low, high = min(ul - np.sqrt(al), roe - c), max(ur + np.sqrt(ar), roe + c)
+            low, high, own_low, own_high = roe - c, roe + c, ul - np.sqrt(al), ur + np.sqrt(ar)
+            low, high = own_low if own_low <= low else low, own_high if own_high >= high else high
             ml, mr = rl * (low - ul), rr * (high - ur)
             star = (pr - pl + ml * ul - mr * ur) / (ml - mr)
             left = star >= zero
             r, u, p = rl if left else rr, ul if left else ur, pl if left else pr
-            S = min(low, zero) if left else max(high, zero)
+            S = (low if low < zero else zero) if left else (high if high > zero else zero)
             m, E = r * (S - u), p * per1 + half * r * u * u
             at_star, v = p + m * (star - u), star / (S - star)
             mass = m * v
@@ -96,7 +102,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             F1[i] = mass * star + at_star - tau
             F2[i] = v * ((S - u) * E - p * u + at_star * S) - half * tau * (uL[i] + uR[i])
 
-    @numba.njit(nogil=True, fastmath=fast)
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
     def stage(U: Any, out: Any, W: Any, s: Any, F: Any, dt_h: Any, numbers: Any, N: int) -> None:
         """Set out = U + dt L(U), with W of U."""
         slopes(W, s, numbers, N)
@@ -106,7 +112,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             for i in range(N):
                 there[i] = here[i] - dt_h * (high[i] - low[i])
 
-    @numba.njit(nogil=True, fastmath=fast)
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
     def run(
         U: Any, V: Any, W: Any, s: Any, F: Any, numbers: Any, h: float, window: float, count: int, limit: float,
         boundary: int,
@@ -116,11 +122,10 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
         half, dt_h = numbers[1], U.dtype.type(window / count) * U.dtype.type(1 / h)
         for _ in range(count):
             for second in range(2):
-                speed, bad = primitive(V if second else U, W, numbers, N, boundary)
-                if bad > 0:
+                speed = primitive(V if second else U, W, F[0], numbers, N, boundary)
+                if speed == np.inf:
                     for i in range(N):
-                        r, p = W[0, i + 2], W[2, i + 2]
-                        if not (r > 0 and p > 0 and abs(W[1, i + 2]) + p / r < np.inf):
+                        if F[0, i] == np.inf:
                             U[:, i] = np.nan
                     return np.inf
                 rate = np.float64(speed) / h
@@ -140,7 +145,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             for i in range(to.shape[1]):
                 to[c, i] = source[c, i]
 
-    @numba.njit(nogil=True)
+    @numba.njit(nogil=True, error_model="numpy")
     def forward(
         states: Any, counts: Any, numbers: Any, h: float, window: float, steps: int, boundary: int, start: int,
         stop: int,
@@ -157,11 +162,10 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             for t in range(windows):
                 U = states[n, t + 1]
                 copy(U, states[n, t])
-                speed, bad = primitive(U, W, numbers, N, boundary)
-                wanted = window * (np.float64(speed) / h) / START
+                wanted = window * (np.float64(primitive(U, W, F[0], numbers, N, boundary)) / h) / START
                 count = steps
                 if steps == 0:
-                    count = max(1, int(np.ceil(wanted))) if bad == 0 and wanted < MOST else 1
+                    count = max(1, int(np.ceil(wanted))) if wanted < MOST else 1
                 rate = run(U, V, W, s, F, numbers, h, window, count, LIMIT if steps == 0 else np.inf, boundary)
                 while 0 < rate < np.inf:
                     wanted = window * rate / START
@@ -181,8 +185,12 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 def _numbers(h: float, gamma: float, mu: float, dtype: torch.dtype) -> Any:
-    """1, 1 / 2, gamma, gamma - 1, mu / h, 2 mu / h and 1 / h in the state's precision."""
-    return torch.tensor([1, 0.5, gamma, gamma - 1, mu / h, 2 * mu / h, 1 / h], dtype=torch.float64).to(dtype).numpy()
+    """1, 1 / 2, gamma, gamma - 1, mu / h, 2 mu / h, 1 / h and infinity in the state's precision."""
+    return (
+        torch.tensor([1, 0.5, gamma, gamma - 1, mu / h, 2 * mu / h, 1 / h, torch.inf], dtype=torch.float64)
+        .to(dtype)
+        .numpy()
+    )
 
 
 def flow_trajectory(

@@ -14,7 +14,7 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
 
     fast = {"contract", "nsz"}
 
-    @numba.njit(nogil=True, fastmath=fast)
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
     def undo_fluxes(W: Any, s: Any, a: Any, L: Any, R: Any, W_b: Any, numbers: Any, N: int) -> None:
         """Set gradients L and R (3, N + 1) by the states left and right of each face; add the viscous part to W_b.
 
@@ -42,13 +42,14 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
             roe, mean = (w * ul + z * ur) * q, (w * al + z * ar) * q
             curve = k * w * z * q * q
             c = np.sqrt(mean + curve * d * d)
-            low, high = min(ul - cl, roe - c), max(ur + cr, roe + c)
+            own_l, own_r = ul - cl <= roe - c, ur + cr >= roe + c
+            low, high = ul - cl if own_l else roe - c, ur + cr if own_r else roe + c
             ml, mr = rl * (low - ul), rr * (high - ur)
             per = one / (ml - mr)
             star = (pr - pl + ml * ul - mr * ur) * per
             left = star >= zero
             r, u, p = rl if left else rr, ul if left else ur, pl if left else pr
-            S = min(low, zero) if left else max(high, zero)
+            S = (low if low < zero else zero) if left else (high if high > zero else zero)
             m, E = r * (S - u), p * per1 + half * r * u * u
             at_star, D = p + m * (star - u), one / (S - star)
             v, mass = star * D, m * star * D
@@ -77,7 +78,6 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
             ur_b = -A_b * mr - mr_b * rr + (zero if left else u_b)
             pl_b, pr_b = (p_b if left else zero) - A_b, (zero if left else p_b) + A_b
             # The signals' speeds.
-            own_l, own_r = ul - cl <= roe - c, ur + cr >= roe + c
             ul_b += low_b if own_l else zero
             ur_b += high_b if own_r else zero
             roe_b = (zero if own_l else low_b) + (zero if own_r else high_b)
@@ -101,7 +101,7 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
             here[i] += both - tau_b
             there[i] += both + tau_b
 
-    @numba.njit(nogil=True, fastmath=fast)
+    @numba.njit(nogil=True, fastmath=fast, error_model="numpy")
     def undo(W: Any, s: Any, a: Any, L: Any, R: Any, W_b: Any, out: Any, numbers: Any, N: int, boundary: int) -> None:
         """Add J(U)^T a to out (3, N), J of dU/dt; W and its half slopes s are those of U. The rest is scratch."""
         one, half, gamma1 = numbers[0], numbers[1], numbers[3]
@@ -145,7 +145,7 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
             out[1, i] += u_b - u * p_b
             out[2, i] += p_b
 
-    @numba.njit(nogil=True)
+    @numba.njit(nogil=True, error_model="numpy")
     def backward(
         states: Any, counts: Any, bar: Any, U_bar: Any, numbers: Any, h: float, window: float, boundary: int,
         start: int, stop: int,
@@ -170,9 +170,9 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
                 kept = np.empty((count, 3, N), kind)
                 copy(kept[0], states[n, t])
                 for m in range(count - 1):
-                    primitive(kept[m], W, numbers, N, boundary)
+                    primitive(kept[m], W, F[0], numbers, N, boundary)
                     stage(kept[m], V, W, s, F, dt_h, numbers, N)
-                    primitive(V, W, numbers, N, boundary)
+                    primitive(V, W, F[0], numbers, N, boundary)
                     stage(V, V, W, s, F, dt_h, numbers, N)
                     here, there = kept[m], kept[m + 1]
                     for c in range(3):
@@ -180,9 +180,9 @@ def compiled(primitive: Any, slopes: Any, stage: Any, copy: Any) -> Callable[...
                             there[c, i] = half * (here[c, i] + V[c, i])
                 for m in range(count - 1, -1, -1):
                     U = kept[m]
-                    primitive(U, W, numbers, N, boundary)
+                    primitive(U, W, F[0], numbers, N, boundary)
                     stage(U, V, W, s, F, dt_h, numbers, N)
-                    primitive(V, X, numbers, N, boundary)
+                    primitive(V, X, F[0], numbers, N, boundary)
                     slopes(X, sx, numbers, N)
                     # U' = (U + V + dt L(V)) / 2 with V = U + dt L(U).
                     for c in range(3):
