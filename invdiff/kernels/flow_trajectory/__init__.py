@@ -1,7 +1,8 @@
 r"""Whole trajectories of compressible flow in one dimension in one call.
 
 The scheme is that of `kernels.flow_trajectory.scheme`: averages of density, momentum and energy, second order in space
-and time, HLLC fluxes. The gradient is the exact adjoint of the discrete scheme, with the outputs as checkpoints.
+and time, HLLC fluxes. The gradient is the exact adjoint of the discrete scheme, with the outputs as checkpoints: on a
+CPU written out by hand and compiled; after the Triton version by autograd of the reference, a window at a time.
 """
 
 from typing import Any
@@ -86,6 +87,10 @@ def flow_trajectory(
 def _operation(
     U: Tensor, h: float, gamma: float, mu: float, window: float, windows: int, steps: int, boundary: str
 ) -> tuple[Tensor, Tensor]:
+    if U.is_cuda:
+        from invdiff.kernels.flow_trajectory import gpu
+
+        return gpu.flow_trajectory(U, h, gamma, mu, window, windows, steps, boundary)
     from invdiff.kernels.flow_trajectory import cpu
 
     return cpu.flow_trajectory(U, h, gamma, mu, window, windows, steps, boundary)
@@ -118,7 +123,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, bar: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-    return _adjoint(*ctx.saved_tensors, bar, *ctx.numbers), None, None, None, None, None, None, None
+    # On a GPU the windows are made again in plain PyTorch and undone by autograd.
+    undo: Any = reference.adjoint if bar.is_cuda else _adjoint
+    return undo(*ctx.saved_tensors, bar, *ctx.numbers), None, None, None, None, None, None, None
 
 
 _operation.register_autograd(_backward, setup_context=_setup)
