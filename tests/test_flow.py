@@ -315,21 +315,19 @@ def test_bad_input(call, error, message, unchecked):
         call()
 
 
-def check_triton(device: str, cells: tuple[int, ...]) -> None:
+def check_triton(device: str, *grids: tuple[int, str]) -> None:
     """The Triton kernel against the reference in float64: states, steps, and where a trajectory ends."""
     from invdiff.kernels.flow_trajectory import gpu
 
-    for points in cells:  # with and without a spare lane for the last face
-        U = conserved(rough(2, points), 1.4)
-        for boundary in BOUNDARIES:
-            settings = (1 / points, 1.4, 0.02, 0.2 / points, 2, 0, boundary)
-            expected, steps = reference.flow_trajectory(U, *settings)
-            for dtype, tolerance in ((F64, 1e-12), (torch.float32, 2e-5)):
-                if dtype == F64 or boundary == "wall":
-                    states, counts = gpu.flow_trajectory(U.to(device, dtype), *settings)
-                    assert torch.equal(counts.cpu(), steps)
-                    assert float((states.cpu().double() - expected).abs().max() / expected.abs().max()) < tolerance
-    several = torch.cat((rough(1, cells[0]), torn(cells[0]), tube((1.0, 0.0, 1e20), SOD[1], cells[0])))
+    for points, boundary in grids:
+        U, settings = conserved(rough(2, points), 1.4), (1 / points, 1.4, 0.02, 0.08 / points, 2, 0, boundary)
+        expected, steps = reference.flow_trajectory(U, *settings)
+        for dtype, tolerance in ((F64, 1e-12), (torch.float32, 2e-5)):
+            states, counts = gpu.flow_trajectory(U.to(device, dtype), *settings)
+            assert states.dtype == dtype
+            assert torch.equal(counts.cpu(), steps)
+            assert float((states.cpu().double() - expected).abs().max() / expected.abs().max()) < tolerance
+    several = torch.cat((rough(1, 8), torn(8), tube((1.0, 0.0, 1e20), SOD[1], 8)))
     several = conserved(several, 1.4)
     settings = (0.1, 1.4, 0.0, 0.03, 2, 0, "outflow")
     expected, steps = reference.flow_trajectory(several, *settings)
@@ -340,7 +338,7 @@ def check_triton(device: str, cells: tuple[int, ...]) -> None:
     given = (0.01, 1.4, 0.0, 0.001, 1, 1, "wall")
     one = gpu.flow_trajectory(several[:1].to(device), *given)[0]
     torch.testing.assert_close(one.cpu(), reference.flow_trajectory(several[:1], *given)[0])
-    assert gpu.flow_trajectory(U[:0].to(device), *given)[0].shape == (0, 2, 3, cells[-1])
+    assert gpu.flow_trajectory(several[:0].to(device), *given)[0].shape == (0, 2, 3, 8)
 
 
 def check_gradient_on_a_gpu() -> None:
@@ -359,7 +357,8 @@ def check_gradient_on_a_gpu() -> None:
 def test_triton_in_the_interpreter():
     check_alone(
         "import warnings\nwarnings.simplefilter('ignore')\n"  # numpy's, where a trajectory ends
-        "from test_flow import check_triton\ncheck_triton('cpu', (7, 8))",
+        # Without a spare lane, with one for the last face, and with many.
+        "from test_flow import check_triton\ncheck_triton('cpu', (32, 'periodic'), (31, 'wall'), (20, 'outflow'))",
         interpret=True,
     )
 
@@ -367,5 +366,9 @@ def test_triton_in_the_interpreter():
 @pytest.mark.gpu
 @has_gpu
 def test_triton_on_the_gpu():
-    script = "from test_flow import check_gradient_on_a_gpu, check_triton\ncheck_triton('cuda', (31, 100, 128, 1024))\n"
-    check_alone(script + "check_gradient_on_a_gpu()", interpret=False)
+    script = """
+from test_flow import BOUNDARIES, check_gradient_on_a_gpu, check_triton
+check_triton("cuda", *((points, boundary) for points in (31, 100, 128, 1024) for boundary in BOUNDARIES))
+check_gradient_on_a_gpu()
+"""
+    check_alone(script, interpret=False)

@@ -15,7 +15,7 @@ from invdiff.kernels.flow_trajectory.scheme import BOUNDARIES, LIMIT, MOST, STAR
 _PERIODIC, _WALL = tl.constexpr(BOUNDARIES.index("periodic")), tl.constexpr(BOUNDARIES.index("wall"))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _half_slope(low, here, high):  # type: ignore[no-untyped-def]
     a, b = here - low, high - here
     ab = a * b
