@@ -134,6 +134,7 @@ def test_cases_follow_their_law():
         (lambda: Advection(8, 2, 1.0, speed=float("nan")), InputError, "speed is finite"),
         (lambda: Advection(8, 2, 1.0, scheme="upwind"), InputError, "got 'upwind'"),
         (lambda: Advection(8, 2, 1.0)(normal(1, 9)), ShapeError, r"states \(n, 8\)"),
+        (lambda: Advection(8, 2, 1.0)(normal(1, 8).half()), InputError, "float16"),
         (lambda: Advection(8, 2, 1.0).adjoint(normal(1, 3, 8)), ShapeError, r"takes \(n, 2, 8\)"),
         (lambda: Advection(8, 2, 1.0, scheme="conservative").adjoint(normal(1, 2, 8)), CapabilityError, "not linear"),
         (lambda: AdvectionSetting(points=16), InputError, "points=16"),

@@ -95,9 +95,13 @@ class Advection(nn.Module):
         ------
         ShapeError
             If they do not have the grid's shape.
+        InputError
+            If they are of another type.
         """
         if tuple(initial.shape) != (len(initial), self.points):
             raise ShapeError(f"This solver takes states (n, {self.points}), got {tuple(initial.shape)}.")
+        if initial.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"States are float32 or float64, got {initial.dtype}.")
         if self.scheme == "spectral":
             waves = torch.fft.rfft(initial)[:, None] * self._phases(initial)
             found: Tensor = torch.fft.irfft(waves, self.points)

@@ -3,7 +3,7 @@ r"""Random cases of linear advection: sums of waves, as in PDEBench.
     u_0(x) = sum_{i=1..N} A_i sin(2 pi n_i x + phi_i),
     A_i ~ U(0, 1),   n_i uniform on 1..k_max,   phi_i ~ U(0, 2 pi),
 
-with N = 2 and k_max = 8 (Takamoto et al. 2022, arXiv 2210.07182, appendix D). PDEBench takes the absolute value, or
+with N = 2 and k_max = 8 (Takamoto et al. 2022, arXiv 2210.07182). PDEBench takes the absolute value, or
 sets to zero what is outside of a window, in some of its cases; these variants are left out. A state is its averages in
 cells, in closed form.
 

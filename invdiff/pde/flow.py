@@ -4,7 +4,7 @@ r"""Compressible Navier-Stokes equations in one dimension; without viscosity, Eu
     (rho u)_t + (rho u^2 + p)_x = tau_x,
     E_t + ((E + p) u)_x = (tau u)_x,     E = p / (gamma - 1) + rho u^2 / 2,     tau = (zeta + 4 eta / 3) u_x,
 
-as PDEBench states them (Takamoto et al. 2022, arXiv 2210.07182, equation 9): a calorically perfect gas with shear and
+as PDEBench states them (Takamoto et al. 2022, arXiv 2210.07182): a calorically perfect gas with shear and
 bulk viscosity and no conduction of heat. States are density, velocity and pressure of the averages of density, momentum
 and energy in `points` equal cells. The scheme is that of `kernels.flow_trajectory`: second order where the solution is
 smooth, no new oscillations at shocks and contacts.

@@ -1,8 +1,8 @@
 r"""Random cases of compressible flow: shock tubes, as in PDEBench's set of shocks.
 
 Two constant states meet at x_0 in (-1, 1), and waves may leave through the ends (Takamoto et al. 2022, arXiv
-2210.07182, appendix D: random densities, velocities, pressures and x_0; gamma = 5/3, eta = zeta = 1e-8). The ranges are
-chosen here, not PDEBench's:
+2210.07182: random densities, velocities, pressures and x_0; gamma = 5/3, eta = zeta = 1e-8). The ranges are chosen
+here, and are not PDEBench's:
 
     rho ~ U(0.2, 2),   u ~ U(-1, 1),   p ~ U(0.5, 5),   x_0 ~ U(-0.5, 0.5),
 

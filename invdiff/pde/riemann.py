@@ -5,11 +5,11 @@ each side a shock or a rarefaction (Toro, Riemann Solvers and Numerical Methods 
 the root of
 
     f(p) = f_L(p) + f_R(p) + u_R - u_L,
-    f_K(p) = (p - p_K) sqrt(A_K / (p + B_K))                          where p > p_K (shock; 4.6),
-           = 2 c_K / (gamma - 1) ((p / p_K)^((gamma - 1) / (2 gamma)) - 1)     else (rarefaction; 4.7),
+    f_K(p) = (p - p_K) sqrt(A_K / (p + B_K))                                   where p > p_K (shock),
+           = 2 c_K / (gamma - 1) ((p / p_K)^((gamma - 1) / (2 gamma)) - 1)     else (rarefaction),
 
-A_K = 2 / ((gamma + 1) rho_K), B_K = (gamma - 1) / (gamma + 1) p_K. f rises and is concave, so that Newton's method
-converges from every side; from the left it never passes the root.
+equations 4.5 to 4.7 there, with A_K = 2 / ((gamma + 1) rho_K) and B_K = (gamma - 1) / (gamma + 1) p_K. f rises and is
+concave, so that Newton's method converges from every side; from the left it never passes the root.
 """
 
 import torch
@@ -102,7 +102,7 @@ def _side(state: Tensor, p_star: Tensor, u_star: Tensor, speed: Tensor, gamma: f
     rho, u, p = (s[:, None] for s in state.unbind(1))
     p_star, u_star = p_star[:, None], u_star[:, None]
     g, c, ratio = (gamma - 1.0) / (gamma + 1.0), (gamma * p / rho).sqrt(), p_star / p
-    # Shock (4.50 to 4.53).
+    # Shock (4.50 and 4.52).
     shock = u - c * ((gamma + 1.0) / (2.0 * gamma) * ratio + (gamma - 1.0) / (2.0 * gamma)).sqrt()
     behind = rho * (ratio + g) / (g * ratio + 1.0)
     # Rarefaction (4.53 to 4.56).

@@ -12,9 +12,9 @@ energy leave a cell only into its neighbour. The slopes are van Leer's (1974), f
 differences a to the left and b to the right s = 2 a b / (a + b) where a b > 0, else 0. A value at a face lies between
 those of the cells beside it, so density and pressure there are positive where the cells' are.
 
-HLLC (Toro, Riemann Solvers and Numerical Methods for Fluid Dynamics, section 10.4) takes the speeds of Einfeldt (1988)
-with Roe's averages, S_L = min(u_L - c_L, u_Roe - c_Roe), S_R = max(u_R + c_R, u_Roe + c_Roe), which keep density and
-pressure positive (Batten et al. 1997), and
+HLLC (Toro, Riemann Solvers and Numerical Methods for Fluid Dynamics, section 10.4) takes the speeds of Einfeldt et al.
+(1991) with Roe's averages, S_L = min(u_L - c_L, u_Roe - c_Roe), S_R = max(u_R + c_R, u_Roe + c_Roe), with which a step
+of first order keeps density and pressure positive (Batten et al. 1997), and
 
     S* = (p_R - p_L + m_L u_L - m_R u_R) / (m_L - m_R),   m_K = rho_K (S_K - u_K).
 
@@ -26,11 +26,11 @@ Beyond the ends the state is that of the last cell ("outflow"), of the other end
 ("wall").
 
 Time: the strong-stability-preserving Runge-Kutta method of second order (Gottlieb and Shu 1998). The time between two
-outputs is made of equal steps. Their number times `START` is what the state at the first output asks for by its fastest
-signal, max_i (|u_i| + c_i + 2 mu / (rho_i h)) / h; where a stage later in between meets a signal for which the step is
-above `LIMIT`, the part is run again with steps for that signal. Each trajectory has steps of its own, whatever batch
-it is in. A stage with density or pressure not positive ends a trajectory: those cells are NaN at the next output (all
-cells, where a signal asks for `MOST` steps), and all cells after it.
+outputs is made of equal steps. There are as few as keep a step times the rate of the fastest signal,
+max_i (|u_i| + c_i + 2 mu / (rho_i h)) / h, within `START` at the first output. Where a later stage finds that product
+above `LIMIT`, the part between the outputs is run again with steps for the rate it found. Each trajectory has steps of
+its own, whatever batch it is in. A stage with density or pressure not positive ends a trajectory: those cells are NaN at
+the next output (all cells, where a signal asks for `MOST` steps), and all cells after it.
 """
 
 from math import ceil
