@@ -33,7 +33,8 @@ def flow_trajectory(
     """Solve from averages in cells.
 
     Differentiable once by the initial averages; the number of steps is taken as constant. Where a limiter, a signal's
-    speed or the side of a contact switches, the gradient is that of one of the two pieces.
+    speed or the side of a contact switches, the gradient is that of one of the two pieces; where a state is uniform the
+    slopes count as constant, and it is that of the scheme of first order.
 
     Parameters
     ----------

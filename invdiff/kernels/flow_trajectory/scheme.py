@@ -29,8 +29,8 @@ Time: the strong-stability-preserving Runge-Kutta method of second order (Gottli
 outputs is made of equal steps. There are as few as keep a step times the rate of the fastest signal,
 max_i (|u_i| + c_i + 2 mu / (rho_i h)) / h, within `START` at the first output. Where a later stage finds that product
 above `LIMIT`, the part between the outputs is run again with steps for the rate it found. Each trajectory has steps of
-its own, whatever batch it is in. A stage with density or pressure not positive ends a trajectory: those cells are NaN at
-the next output (all cells, where a signal asks for `MOST` steps), and all cells after it.
+its own, whatever batch it is in. A stage with density or pressure not positive ends a trajectory: those cells are NaN
+at the next output (all cells, where a signal asks for `MOST` steps), and all cells after it.
 """
 
 from math import ceil
