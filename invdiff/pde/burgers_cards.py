@@ -72,8 +72,6 @@ class BurgersCase:
     ----------
     setting
         Grid and law.
-    event
-        The unknown: "state" and "forcing".
     initial
         Averages at the start, (points,).
     state, forcing
@@ -81,10 +79,14 @@ class BurgersCase:
     """
 
     setting: BurgersSetting
-    event: Event
     initial: Float64[Tensor, " points"]
     state: Float64[Tensor, "states points"]
     forcing: Float64[Tensor, "windows points"]
+
+    @property
+    def event(self) -> Event:
+        """The unknown: "state" and "forcing"."""
+        return self.setting.event
 
     @property
     def truth(self) -> Float64[Tensor, " size"]:
@@ -118,7 +120,7 @@ def burgers_case(card: "BurgersTable", index: int) -> BurgersCase:
     state, forcing = (value[0] for value in solved.values.values())
     # The solver's first state is that of the case to rounding; who solves again must begin where it began.
     initial, _ = burgers_cases(setting, one, seed=card.seed)
-    return BurgersCase(setting=setting, event=solved.event, initial=initial[0], state=state, forcing=forcing)
+    return BurgersCase(setting=setting, initial=initial[0], state=state, forcing=forcing)
 
 
 def burgers_cost(card: "ControlTable", case: BurgersCase, refine: int) -> BurgersCost:

@@ -88,7 +88,7 @@ def trajectories(
     refine
         The solver's cells in a cell of the grid.
     processes
-        All processors if None.
+        At most; all processors if None. Small sets are made in this process.
     kept
         Folder where a set that was made is kept, and looked for; none if None.
 
@@ -111,7 +111,7 @@ def trajectories(
     ]
     if not jobs:
         raise InputError(f"A training set has one trajectory at least, got {dict(counts)}.")
-    workers = min(processes or os.cpu_count() or 1, len(jobs))
+    workers = min(processes or os.cpu_count() or 1, max(1, sum(counts.values()) // _CHUNK))
     if workers == 1:
         parts = [_solved(job) for job in jobs]
     else:
