@@ -241,7 +241,7 @@ def test_a_network_is_told_states_by_name(tmp_path):
 
     decoder = WaveletDecoder({v.name: WaveletTransform((1, *v.shape), "haar") for v in problem.event}, (4, 8))
     row = BandRows((1, 12), (4, 8), "haar") @ Reshape((12,), (1, 12))
-    inner = ConditionalPrior(Net(), decoder.in_shape, {"initial": 1, "target": 1, "forcing": 4})
+    inner = ConditionalPrior(Net(), decoder.in_shape, {"initial": 2, "target": 2, "forcing": 4})
     prior = WaveletPrior(inner, decoder, problem.event, conditions={"initial": row, "target": row})
     solution = invdiff.solve(problem, prior, DPS(steps=3), draws=2, seed=0)
     assert solution.draws["forcing"].shape == (2, 4, 12)
