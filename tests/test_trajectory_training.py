@@ -98,7 +98,7 @@ def test_what_the_network_is_shown_and_asked(task: TrajectoryTask):
     generator = torch.Generator().manual_seed(0)
     sigma, whole, target, weights = task.draw(64, generator)
     c, told = 8, {"state": (8, 4), "forcing": (13, 4), "initial": (18, 2), "target": (21, 2)}
-    assert whole.shape == (64, 8 + 4 + 4 + 2 + 2 + 4, 4, 8) and target.shape == weights.shape == (64, c, 4, 8)
+    assert whole.shape == (64, 8 + 4 + 4 + 2 + 2 + 4 + 2, 4, 8) and target.shape == weights.shape == (64, c, 4, 8)
     for name, (first, count) in told.items():
         flag = whole[:, first + count].flatten(1)
         assert bool(((flag == 0) | (flag == 1)).all()) and torch.equal(flag.amin(1), flag.amax(1)), name
@@ -108,6 +108,8 @@ def test_what_the_network_is_shown_and_asked(task: TrajectoryTask):
             part = weights[:, :4] if name == "state" else weights[:, 4:]
             assert torch.equal(part.flatten(1).amax(1) == 0, shown), "what is known is not asked for"
     assert not weights[:, ~task.filled].any(), "padding is not asked for"
+    torch.testing.assert_close(whole[:, -2, :, 0], torch.tensor([-0.75, -0.25, 0.25, 0.75]).expand(64, -1))
+    torch.testing.assert_close(whole[:, -1, 0], ((torch.arange(8) + 0.5) / 4 - 1).expand(64, -1))
     # A network that returns the target has no loss; one that returns zero that of a unit variance, nearly.
     exact = torch.cat((target, whole[:, c:]), 1)
     assert float(task.losses(lambda x, _: exact, sigma, whole, target, weights).abs().max()) == 0.0

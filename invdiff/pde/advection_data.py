@@ -1,4 +1,4 @@
-r"""Random cases of linear advection: sums of waves, as in PDEBench.
+r"""Random cases of linear advection: sums of waves, in the manner of PDEBench.
 
     u_0(x) = sum_{i=1..N} A_i sin(2 pi n_i x + phi_i),
     A_i ~ U(0, 1),   n_i uniform on 1..k_max,   phi_i ~ U(0, 2 pi),

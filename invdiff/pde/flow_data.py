@@ -1,4 +1,4 @@
-r"""Random cases of compressible flow: shock tubes, as in PDEBench's set of shocks.
+r"""Random cases of compressible flow: shock tubes, in the manner of PDEBench's set of shocks.
 
 Two constant states meet at x_0 in (-1, 1), and waves may leave through the ends (Takamoto et al. 2022, arXiv
 2210.07182: random densities, velocities, pressures and x_0; gamma = 5/3, eta = zeta = 1e-8). The ranges are chosen

@@ -2,13 +2,14 @@
 
 The network takes, after the noisy latents, the channels of every condition and one channel more for each, which is 1
 where the condition is given and 0 where it is not, so that one network is trained for every subset of conditions (its
-channels then zero). Its output's first channels are the denoiser's, in the preconditioning of EDM
+channels then zero). A network of fields that have walls or a beginning may be told where it is by a channel for each
+axis of the grid. Its output's first channels are the denoiser's, in the preconditioning of EDM
 (`invdiff.priors.diffusion`); conditions are not scaled with the noise level, as in WDNO (Hu et al. 2025,
 ICLR), where known channels enter every call without noise.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -39,6 +40,12 @@ class _Appended(nn.Module):
         return out[:, : self.channels]
 
 
+def positions_of(grid: Sequence[int]) -> Tensor:
+    r"""Positions of the cells of a grid along each axis, from -1 at its first to 1 at its last edge: (axes, \*grid)."""
+    axes = [(2.0 * torch.arange(n) + 1.0) / n - 1.0 for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
 @final
 class ConditionalPrior(nn.Module):
     r"""A diffusion prior of latents (c, h, w), its denoiser a network with channels for what is known.
@@ -47,11 +54,13 @@ class ConditionalPrior(nn.Module):
     ----------
     network
         Maps ((n, c + k, h, w), c_noise (n,)) to (n, at least c, h, w), where k counts the conditions' channels and one
-        more for each condition, in the conditions' order.
+        more for each condition, in the conditions' order, then the positions'.
     shape
         Shape (c, h, w) of the latents.
     conditions
         Channels of each condition, by name.
+    positions
+        Whether the network takes, after the conditions, the positions along each axis, from -1 to 1.
     sigma_data, sigma_min, sigma_max
         Of the latents and of the training, as for `NetworkPrior`.
     given
@@ -75,6 +84,7 @@ class ConditionalPrior(nn.Module):
         shape: tuple[int, ...],
         conditions: Mapping[str, int],
         *,
+        positions: bool = False,
         sigma_data: float | Tensor = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
@@ -97,9 +107,11 @@ class ConditionalPrior(nn.Module):
                 )
             values = torch.zeros(count, *grid) if known is None else known.detach()
             channels += [values, torch.full((1, *grid), 0.0 if known is None else 1.0, device=values.device)]
+        if positions:
+            channels.append(positions_of(grid))
         device = next(iter(network.parameters())).device
         extra = torch.cat([c.float().to(device) for c in channels]) if channels else torch.zeros(0, *grid)
-        self._conditions, self._given = dict(conditions), given
+        self._conditions, self._given, self._positions = dict(conditions), given, positions
         self._prior = NetworkPrior(
             _Appended(network, shape[0], extra),
             shape,
@@ -151,6 +163,7 @@ class ConditionalPrior(nn.Module):
             self.network,
             self.shape,
             self._conditions,
+            positions=self._positions,
             sigma_data=inner.sigma_data,
             sigma_min=inner.sigma_min,
             sigma_max=inner.sigma_max,

@@ -109,13 +109,14 @@ def make_trajectory_prior(card: TrajectoryCard, key: str = "") -> WaveletPrior:
     }  # fmt: skip
     channels = {n: s.stop - s.start for n, s in decoder.channels.items()}
     channels |= {name: rows.out_shape[0] for name, rows in states.items()}
-    inputs = decoder.in_shape[0] + sum(channels.values()) + len(channels)
+    inputs = decoder.in_shape[0] + sum(channels.values()) + len(channels) + len(card.decoder["grid"])
     with torch.random.fork_rng(devices=[]):
         network = UNet(in_channels=inputs, **card.network)
     inner = ConditionalPrior(
         network,
         decoder.in_shape,
         channels,
+        positions=True,
         sigma_data=torch.tensor(card.sigma_data),
         sigma_min=card.sigma_min,
         sigma_max=card.sigma_max,

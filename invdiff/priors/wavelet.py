@@ -69,8 +69,9 @@ class WaveletPrior(nn.Module):
         theirs = list(zip(decoder.names, decoder.shapes, strict=True))
         ours = [(v.name, v.shape) for v in event]
         # Several variables stand flat behind one tensor, where an axis of one makes no difference.
-        whole = ours if len(theirs) == 1 else [_with_channel(*pair) for pair in zip(event, theirs, strict=False)]
-        if len(event) != len(theirs) or (whole != theirs and (len(theirs) > 1 or ours[0][1] != theirs[0][1])):
+        named = len(theirs) == 1 or [name for name, _ in ours] == [name for name, _ in theirs]
+        agree = [s == t or (len(theirs) > 1 and _same(s, t)) for (_, s), (_, t) in zip(ours, theirs, strict=False)]
+        if len(event) != len(theirs) or not named or not all(agree):
             raise ShapeError(f"The event has the variables {ours}, the decoder {theirs}; they must be the same.")
         self.prior, self.decoder, self._event = prior, decoder, event
         self.conditions = nn.ModuleDict(dict(conditions or {}))
@@ -207,12 +208,6 @@ def _plain(decoder: WaveletDecoder) -> Event:
     if len(decoder.names) == 1:
         return plain_event(decoder.shapes[0])
     return tuple(_numbered(name, shape) for name, shape in zip(decoder.names, decoder.shapes, strict=True))
-
-
-def _with_channel(variable: Variable, other: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of a variable, with an axis for its single channel if the other has one that it lacks."""
-    lacks = other[1] == (1, *variable.shape)
-    return variable.name, other[1] if lacks else variable.shape
 
 
 def _numbered(name: str, shape: tuple[int, ...]) -> Variable:

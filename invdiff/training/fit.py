@@ -145,13 +145,7 @@ class Trainer:
         self._since: float | None = None  # the first step compiles: the clock starts after it
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Take one step; returns the noise levels and losses of this process's examples.
-
-        Raises
-        ------
-        InputError
-            If the gradient is not finite.
-        """
+        """Take one step; returns the noise levels and losses of this process's examples."""
         s, n = self.settings, self.settings.batch // self.world
         # The stream depends on the step, so that a resumed training sees what it would have seen.
         self.generator.manual_seed((s.seed * 1_000_003 + self.progress.step) * 1009 + self.rank)

@@ -17,7 +17,7 @@ With ``wavelet = "lazy"`` the bands are every other pixel, and the same network 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from invdiff.errors import InputError
 from invdiff.networks.unet import UNet
 from invdiff.pde.burgers_data import BurgersSetting
+from invdiff.priors.conditional import positions_of
 from invdiff.priors.trajectory_loading import (
     TrajectoryCard,
     make_trajectory_prior,
@@ -100,7 +101,6 @@ class TrajectorySettings:
     held_out: int = 20
     log_every: int = 500
     validate_every: int = 5000
-    data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive = ("batch", "learning_rate", "seconds", "log_every", "validate_every", "refine", "held_out")
@@ -157,9 +157,7 @@ class TrajectoryTask:
         Folder where data that were made are kept for the next training; none if None.
     """
 
-    def __init__(
-        self, settings: TrajectorySettings, device: torch.device, kept: Path | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, settings: TrajectorySettings, device: torch.device, kept: Path | None = None) -> None:
         self.settings, self.device = settings, device
         self._held_out: tuple[Tensor, Tensor] | None = None
         setting = settings.burgers
@@ -196,6 +194,7 @@ class TrajectoryTask:
         with torch.no_grad():
             rows = [prior.conditions["initial"](states[:, i, :].unsqueeze(1).to(device))[:, :, :1] for i in (0, -1)]
         self.ends = torch.stack(rows, 1)  # (n, 2, bands, 1, x): initial and target
+        self.positions = positions_of(settings.shape).to(device)
         shares = torch.tensor(list(settings.given.values()), device=device)
         self.shares = shares / shares.sum()
         told = [[float(g in names.split("+")) for g in GIVEN] for names in settings.given]
@@ -223,7 +222,7 @@ class TrajectoryTask:
         w = self.weights.expand(n, -1, -1, -1).clone()
         for i, c in enumerate(self.channels):
             w[:, c] *= 1.0 - told[:, i]
-        whole = torch.cat((z / norm, *shown), 1).contiguous(memory_format=torch.channels_last)
+        whole = torch.cat((z / norm, *shown, self.positions.expand(n, -1, -1, -1)), 1).contiguous(memory_format=torch.channels_last)
         return sigma, whole, target, w / self.weights.sum()
 
     def losses(self, network: Callable[[Tensor, Tensor], Tensor], *drawn: Tensor) -> Tensor:

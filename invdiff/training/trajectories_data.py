@@ -60,7 +60,6 @@ def forced(setting: BurgersSetting, indices: range, law: Law, *, seed: int = 0) 
 def _solved(job: tuple[BurgersSetting, range, Law, int, int]) -> tuple[Tensor, Tensor]:
     """States (n, windows + 1, points) and forcing of a chunk of cases, float32."""
     setting, indices, law, seed, refine = job
-    torch.set_num_threads(1)
     initial, forcing = (a.float() for a in forced(setting, indices, law, seed=seed))
     with torch.no_grad():
         return setting.solver(refine)(initial, forcing), forcing
@@ -116,7 +115,9 @@ def trajectories(
         parts = [_solved(job) for job in jobs]
     else:
         # spawn: threads of this process do not survive a fork
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             parts = list(pool.map(_solved, jobs))
     states, forcing = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     if path is not None:
