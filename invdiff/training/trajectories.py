@@ -222,7 +222,8 @@ class TrajectoryTask:
         w = self.weights.expand(n, -1, -1, -1).clone()
         for i, c in enumerate(self.channels):
             w[:, c] *= 1.0 - told[:, i]
-        whole = torch.cat((z / norm, *shown, self.positions.expand(n, -1, -1, -1)), 1).contiguous(memory_format=torch.channels_last)
+        whole = torch.cat((z / norm, *shown, self.positions.expand(n, -1, -1, -1)), 1)
+        whole = whole.contiguous(memory_format=torch.channels_last)
         return sigma, whole, target, w / self.weights.sum()
 
     def losses(self, network: Callable[[Tensor, Tensor], Tensor], *drawn: Tensor) -> Tensor:
