@@ -124,7 +124,7 @@ class Gaussian(Likelihood):
         leaf = x if linear else x.detach()
         if _weighs(A) and self.problems in (1, len(x)):
             std = self._std(leaf)
-            std = torch.broadcast_to(std, self.operator.out_shape) if std.ndim else std
+            std = std.reshape(()) if std.numel() == 1 else torch.broadcast_to(std, self.operator.out_shape)
             chi2, grad = A.misfit_and_grad(leaf, self.measurement.to(x.dtype), std)
             return self._log_density(chi2), grad
         if isinstance(A, LinearOperator):
