@@ -72,9 +72,6 @@ class Gaussian(Likelihood):
         """Number of real values in one measurement."""
         return prod(self.operator.out_shape) * (2 if self.measurement.is_complex() else 1)
 
-    def _std(self, like: Tensor) -> Tensor:
-        return self.noise_std.to(like.real.dtype if like.is_complex() else like.dtype)
-
     def _seen(self, x: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions and measurements as rows of one dtype, and the noise along a row."""
         p, y = prediction, self.measurement
@@ -91,6 +88,17 @@ class Gaussian(Likelihood):
         if std.numel() == 1 or tuple(std.shape) == shape:
             return std.reshape(-1)
         return self._numbers.get(std, "row", lambda: torch.broadcast_to(std, shape).reshape(-1))
+
+    def _std(self, dtype: torch.dtype) -> Tensor:
+        """Noise as operators take it that weigh residuals themselves: a scalar, or of their output's shape."""
+
+        def build() -> Tensor:
+            std = self.noise_std.to(dtype)
+            return (
+                std.reshape(()) if std.numel() == 1 else torch.broadcast_to(std, self.operator.out_shape).contiguous()
+            )
+
+        return self._numbers.get(self.noise_std, dtype, build)
 
     def deviance(self, x: Tensor) -> Float[Tensor, " n"]:
         """Chi-square of the residuals."""
@@ -123,9 +131,7 @@ class Gaussian(Likelihood):
         linear = isinstance(A, LinearOperator)
         leaf = x if linear else x.detach()
         if _weighs(A) and self.problems in (1, len(x)):
-            std = self._std(leaf)
-            std = std.reshape(()) if std.numel() == 1 else torch.broadcast_to(std, self.operator.out_shape)
-            chi2, grad = A.misfit_and_grad(leaf, self.measurement.to(x.dtype), std)
+            chi2, grad = A.misfit_and_grad(leaf, self.measurement.to(x.dtype), self._std(x.dtype))
             return self._log_density(chi2), grad
         if isinstance(A, LinearOperator):
             chi2, cotangent = misfit(*self._seen(x, A(x)))
