@@ -6,6 +6,7 @@ from typing import Literal, Self, final, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from invdiff.errors import InputError
 
@@ -74,6 +75,7 @@ def plain(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and forward_ad._current_level < 0  # a tangent would be lost without a word
     )
 
 

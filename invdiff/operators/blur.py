@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError, ShapeError
+from invdiff.kernels import gaussian_misfit, plain, spectral_misfit
 from invdiff.kernels.separable_stencil import Tables, separable_stencil, tables
 from invdiff.operators.base import SVD, LinearOperator
 from invdiff.operators.boundary import Axis, Boundary
@@ -129,6 +130,21 @@ class Blur(LinearOperator):
         if method == "fft":
             return fourier_adjoint(y, self._spectra(y.dtype), self._rows, self._columns)
         return direct_adjoint(y, self._kernel(y.dtype), self._rows, self._columns)
+
+    def misfit_and_grad(self, x: Tensor, y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Chi-square of the residuals and the log-density's gradient; see `invdiff.operators.Pixelwise`.
+
+        Of "circular" blurs by the Fourier transform, with noise of one level, without a transform between forward and
+        adjoint.
+        """
+        circular = self.boundary == "circular" and self.chosen_method(x.device) == "fft"
+        if circular and std.ndim == 0 and plain(std) and plain(y) and spectral_misfit.fused(x):
+            spectra = torch.fft.rfft2(x), torch.fft.rfft2(y), self._spectra(x.dtype)[0]
+            chi2, spectrum = spectral_misfit.misfit(*spectra, std, x.shape[-1])
+            return chi2, torch.fft.irfft2(spectrum, s=x.shape[-2:], norm="forward").contiguous()
+        p = self.forward(x)
+        chi2, cotangent = gaussian_misfit.misfit(p.flatten(1), y.flatten(1), std.reshape(-1))
+        return chi2, self.adjoint(cotangent.reshape(p.shape))
 
     @property
     def svd(self) -> SVD | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from invdiff.errors import InputError
+from invdiff.kernels import fourier_magnitude, gaussian_misfit
 from invdiff.operators.base import Operator
 from invdiff.operators.separable import picture_shape
 
@@ -75,10 +76,35 @@ class PhaseRetrieval(Operator):
 
     def forward(self, x: Tensor) -> Tensor:
         """Magnitudes: (n, c, h, w) -> (n, c, h + 2 p, w + 2 q). The gradient is 0 where a magnitude is 0."""
+        if fourier_magnitude.fused(x):
+            return fourier_magnitude.magnitudes(self._half(x, "backward"), self.out_shape[-1])
+        # |F(-k)| = |F(k)| for a real picture gives the other half, at a third of a full transform's cost.
+        return fourier_magnitude.whole(self._half(x, "ortho").abs(), self.out_shape[-1])
+
+    def misfit_and_grad(self, x: Tensor, y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Chi-square of the residuals and the log-density's gradient; see `invdiff.operators.Pixelwise`.
+
+        Two transforms and one pass over the spectrum between them.
+        """
+        if fourier_magnitude.fused(x):
+            chi2, spectrum = fourier_magnitude.misfit(self._half(x, "backward"), y, std)
+            grad = torch.fft.irfft2(spectrum, s=self.out_shape[-2:], norm="forward")
+            grad = grad[..., : x.shape[-2], : x.shape[-1]]
+        else:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                p = self.forward(leaf)
+            rows = std.reshape(-1)
+            chi2, cotangent = gaussian_misfit.misfit(p.detach().flatten(1), y.flatten(1), rows)
+            (grad,) = torch.autograd.grad(p, leaf, cotangent.reshape(p.shape))
+            return chi2, grad
+        low, high = self.pixel_range
+        return chi2, grad * (high - low) if high - low != 1.0 else grad.contiguous()
+
+    def _half(self, x: Tensor, norm: str) -> Tensor:
+        """Half of the transform of the mapped pictures."""
         low, high = self.pixel_range
         # The whole margin at the end of either axis: a shift, which magnitudes do not see.
-        half = torch.fft.rfft2(low + (high - low) * x, s=self.out_shape[-2:], norm="ortho").abs()
-        # |F(-k)| = |F(k)| for a real picture gives the other half, at a third of a full transform's cost.
-        mirrored = half[..., 1 : (self.out_shape[-1] + 1) // 2].flip(-2, -1).roll(1, -2)
-        magnitudes: Tensor = torch.fft.fftshift(torch.cat([half, mirrored], dim=-1), dim=(-2, -1))
-        return magnitudes
+        mapped = x if (low, high) == (0.0, 1.0) else low + (high - low) * x
+        half: Tensor = torch.fft.rfft2(mapped, s=self.out_shape[-2:], norm=norm)
+        return half

@@ -1,4 +1,4 @@
-"""Operators that measure single pixels, whose log-density and gradient need one pass over the picture."""
+"""Operators whose log-density and gradient need one pass: over the picture, or over its spectrum."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 @runtime_checkable
 class Pixelwise(Protocol):
-    """What an operator offers that can weigh its own residuals faster than by forward and adjoint."""
+    """What an operator offers that can weigh its own residuals faster than by forward and adjoint.
+
+    Those that measure single pixels do, of a picture or of its spectrum.
+    """
 
     def misfit_and_grad(self, x: Tensor, y: Tensor, std: Tensor) -> tuple[Float[Tensor, " n"], Tensor]:
         r"""Chi-square of the residuals, and the gradient of -1/2 of it with respect to x, of x's shape.
