@@ -157,8 +157,9 @@ def _stage(  # type: ignore[no-untyped-def]
     N: tl.constexpr, PERIODIC: tl.constexpr,
 ):  # fmt: skip
     """Undo a stage at y: with w = weight g + carry z and z its J(y)^T w, w joins s and z joins r."""
-    w0, w1, w2, w3 = weight * g0 + carry * z0, weight * g1 + carry * z1, weight * g2 + carry * z2, weight * g3 + carry * z3
-    w4, w5, w6, w7 = weight * g4 + carry * z4, weight * g5 + carry * z5, weight * g6 + carry * z6, weight * g7 + carry * z7
+    w0, w1, w2 = weight * g0 + carry * z0, weight * g1 + carry * z1, weight * g2 + carry * z2
+    w3, w4, w5 = weight * g3 + carry * z3, weight * g4 + carry * z4, weight * g5 + carry * z5
+    w6, w7 = weight * g6 + carry * z6, weight * g7 + carry * z7
     z0, z1, z2, z3, z4, z5, z6, z7 = _back(
         lane, y0, y1, y2, y3, y4, y5, y6, y7, w0, w1, w2, w3, w4, w5, w6, w7, bend, spread, N, PERIODIC
     )

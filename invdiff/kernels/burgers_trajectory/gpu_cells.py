@@ -66,7 +66,7 @@ def add(x0, x1, x2, x3, x4, x5, x6, x7, s, y0, y1, y2, y3, y4, y5, y6, y7):  # t
 @triton.jit  # type: ignore[untyped-decorator]
 def _fastest(x):  # type: ignore[no-untyped-def]
     x = tl.abs(x)
-    return tl.where(x == x, x, 0.0)  # noqa: PLR0124  NaN counts as nothing
+    return tl.where(x == x, x, 0.0)  # NaN counts as nothing
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -211,7 +211,7 @@ def step(  # type: ignore[no-untyped-def]
             lane, x0, x1, x2, x3, x4, x5, x6, x7, f0, f1, f2, f3, f4, f5, f6, f7, bend, spread, N, PERIODIC
         )
         weight, ahead = dt / 6.0, dt * 0.5
-        if stage == 1 or stage == 2:  # noqa: PLR1714  Triton has no "in"
+        if stage == 1 or stage == 2:  # Triton has no "in"
             weight = dt / 3.0
         if stage == 2:
             ahead = dt
