@@ -84,7 +84,7 @@ def _kept(pointer, lane, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     return x0, x1, x2, x3, x4, x5, x6, x7
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _face(a, b, c, d, bar, bend, spread):  # type: ignore[no-untyped-def]
     """Shares of the cells a, b, c and d in a face's flux, times its cotangent."""
     s = (2.0 * bend) * (7.0 * (b + c) - (a + d)) * bar

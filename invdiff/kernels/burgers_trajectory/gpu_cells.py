@@ -57,13 +57,13 @@ def living(lane, x0, x1, x2, x3, x4, x5, x6, x7, N: tl.constexpr):  # type: igno
     return x0, x1, x2, x3, x4, x5, x6, x7
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def add(x0, x1, x2, x3, x4, x5, x6, x7, s, y0, y1, y2, y3, y4, y5, y6, y7):  # type: ignore[no-untyped-def]
     """Return x + s y."""
     return x0 + s * y0, x1 + s * y1, x2 + s * y2, x3 + s * y3, x4 + s * y4, x5 + s * y5, x6 + s * y6, x7 + s * y7
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _fastest(x):  # type: ignore[no-untyped-def]
     x = tl.abs(x)
     return tl.where(x == x, x, 0.0)  # NaN counts as nothing
@@ -167,7 +167,7 @@ def surrounded(lane, x0, x1, x2, x3, x4, x5, x6, x7, N: tl.constexpr, PERIODIC: 
     return a2, a1, x0, x1, x2, x3, x4, x5, x6, x7, b0, b1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _flux(a, b, c, d, bend, spread):  # type: ignore[no-untyped-def]
     """Flux over the width at the face between b and c: bend (12 v)^2 - spread (12 h g)."""
     v = 7.0 * (b + c) - (a + d)
