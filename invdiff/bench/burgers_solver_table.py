@@ -47,7 +47,7 @@ def _summary(report: Report) -> str:
 
 
 def _device(report: Report) -> str:
-    threads = f", {report['threads']} threads" if report["device"].endswith("CPU") else ""
+    threads = f", {report['threads']} thread{'s' * (report['threads'] > 1)}" if report["device"].endswith("CPU") else ""
     return f"{report['device']}{threads}"
 
 
