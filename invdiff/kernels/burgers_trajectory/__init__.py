@@ -69,7 +69,7 @@ def burgers_trajectory(
         )
     if not min(h, nu, window) > 0.0 or steps < 0:
         raise InputError(f"Width, viscosity and window are positive, got {h}, {nu} and {window}, and steps={steps}.")
-    if version("burgers_trajectory", u) == "cpu":
+    if version("burgers_trajectory", u) != "reference":
         result: tuple[Tensor, Tensor] = _operation(u, f, h, nu, window, steps, periodic)
         return result
     return reference.burgers_trajectory(u, f, h, nu, window, steps, periodic)
@@ -79,6 +79,10 @@ def burgers_trajectory(
 def _operation(
     u: Tensor, f: Tensor, h: float, nu: float, window: float, steps: int, periodic: bool
 ) -> tuple[Tensor, Tensor]:
+    if u.is_cuda:
+        from invdiff.kernels.burgers_trajectory import gpu
+
+        return gpu.burgers_trajectory(u, f, h, nu, window, steps, periodic)
     from invdiff.kernels.burgers_trajectory import cpu
 
     return cpu.burgers_trajectory(u, f, h, nu, window, steps, periodic)
@@ -94,6 +98,10 @@ def _(u, f, h, nu, window, steps, periodic):  # type: ignore[no-untyped-def]  # 
 def _adjoint(
     states: Tensor, f: Tensor, counts: Tensor, bar: Tensor, h: float, nu: float, window: float, periodic: bool
 ) -> tuple[Tensor, Tensor]:
+    if states.is_cuda:
+        from invdiff.kernels.burgers_trajectory import gpu
+
+        return gpu.adjoint(states, f, counts, bar, h, nu, window, periodic)
     from invdiff.kernels.burgers_trajectory import cpu
 
     return cpu.adjoint(states, f, counts, bar, h, nu, window, periodic)
