@@ -144,3 +144,12 @@ def test_cases_follow_their_law():
 def test_bad_input(call, error, message, unchecked):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_event_is_the_trajectory_on_its_grid():
+    setting = AdvectionSetting(points=20, states=5, duration=0.8)
+    (state,) = setting.event
+    assert state.shape == tuple(setting.solver()(advection_cases(setting, range(1)))[0].shape)
+    assert (state.name, state.dims, state.units) == ("state", ("time", "x"), "1")
+    assert state.coords["time"] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+    assert state.coords["x"][:2] == pytest.approx([0.025, 0.075])

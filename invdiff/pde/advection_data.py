@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from invdiff.errors import InputError
+from invdiff.event import Event, Variable
 from invdiff.noise import Noise, stream_key
 from invdiff.pde.advection import Advection
 
@@ -60,6 +61,14 @@ class AdvectionSetting:
     def solver(self) -> Advection:
         """Return a solver on this grid, exact for these cases."""
         return Advection(self.points, self.states, self.duration, speed=self.speed)
+
+    @property
+    def event(self) -> Event:
+        """The trajectory: `state` at all outputs, averages in cells; the equation has no units."""
+        x = (torch.arange(self.points, dtype=torch.float64) + 0.5) / self.points
+        times = torch.linspace(0.0, self.duration, self.states, dtype=torch.float64)
+        coords = {"time": tuple(times.tolist()), "x": tuple(x.tolist())}
+        return (Variable(name="state", dims=("time", "x"), shape=(self.states, self.points), coords=coords),)
 
 
 def advection_cases(setting: AdvectionSetting, indices: range, *, seed: int = 0) -> Float64[Tensor, "n points"]:
