@@ -13,7 +13,20 @@ from invdiff.errors import InputError
 Choice = Literal["auto", "reference"]
 Version = Literal["reference", "cpu", "gpu"]
 
-ON_GPU = frozenset({"philox_normal", "philox_uniform", "pixelwise", "separable_stencil", "wavelet"})
+ON_GPU = frozenset(
+    {
+        "burgers_trajectory",
+        "flow_trajectory",
+        "fourier_magnitude",
+        "gaussian_misfit",
+        "philox_normal",
+        "philox_uniform",
+        "pixelwise",
+        "separable_stencil",
+        "spectral_misfit",
+        "wavelet",
+    }
+)
 """Kernels whose Triton version was compiled and compared with float64 on a GPU. The others have run in Triton's
 interpreter alone, and take their reference on CUDA until they are added here."""
 
