@@ -1,5 +1,6 @@
 """Tables and figure of the benchmark of the solver of Burgers' equation."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ def _summary(report: Report) -> str:
     for call in ("forward", "forward and adjoint"):
         best = quickest(report, call, refine, dtypes)
         if best is not None:
+            gain = float(f"{published / best['seconds']:.3g}")
             text += (
                 f" At batch {best['batch']} in {best['dtype']}, {call} takes {_short(best['seconds'])} a trajectory "
-                f"and unit of time: {published / best['seconds']:.3g} times the trajectories that the published code "
-                "solves in a second."
+                f"and unit of time: {gain:,.0f} times the trajectories that the published code solves in a second."
             )
     return text
 
@@ -95,7 +96,8 @@ def table(reports: Sequence[Report], sources: Sequence[str]) -> str:
         cited = report["published"]
         text += [f"The published code takes {_short(cited['seconds'])} ({cited['source']}).", ""]
         if report["left_out"]:
-            text += [f"Left out: {'; '.join(report['left_out'])}.", ""]
+            reasons = Counter(entry.rpartition(": ")[2] for entry in report["left_out"])
+            text += ["Left out: " + ", ".join(f"{n} times ({why})" for why, n in reasons.items()) + ".", ""]
     return "\n".join(text)
 
 
