@@ -34,8 +34,11 @@ class _Appended(nn.Module):
         self.register_buffer("extra", extra, persistent=False)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Evaluate the network beside the known channels."""
-        extra = self.extra.to(x).expand(len(x), *self.extra.shape)
+        """Evaluate the network beside the known channels, each row beside its own where there are rows of them."""
+        extra = self.extra.to(x)
+        if extra.ndim == x.ndim and len(extra) != len(x):
+            raise ShapeError(f"What is known stands for {len(extra)} latents, a row each; got {len(x)} of them.")
+        extra = extra.expand(len(x), *extra.shape[-3:])
         out: Tensor = self.network(torch.cat((x, extra), 1), c_noise)
         return out[:, : self.channels]
 
@@ -64,7 +67,8 @@ class ConditionalPrior(nn.Module):
     sigma_data, sigma_min, sigma_max
         Of the latents and of the training, as for `NetworkPrior`.
     given
-        What is known: channels (channels, h, w) by name, latent units; the others are not given.
+        What is known: channels (channels, h, w) by name, latent units; the others are not given. With one axis more,
+        (n, channels, h, w), each of n latents has its own. Gradients pass through them.
     name, key
         Name, and a hash of the weights, for provenance.
 
@@ -98,19 +102,23 @@ class ConditionalPrior(nn.Module):
             raise InputError(f"A condition has one channel at least, got {dict(conditions)}.")
         for unknown in set(given) - set(conditions):
             raise CatalogueError.unknown("condition of the network", unknown, conditions)
-        channels = []
+        channels, rows = [], {len(k) for k in given.values() if k.ndim == 4}
+        if len(rows) > 1:
+            raise ShapeError(f"What is known has a row for each latent, as many for every condition; got {sorted(rows)}.")
         for condition, count in conditions.items():
             known = given.get(condition)
-            if known is not None and tuple(known.shape) != (count, *grid):
+            if known is not None and (tuple(known.shape[-3:]) != (count, *grid) or known.ndim > 4):
                 raise ShapeError(
                     f"The condition {condition!r} has channels {(count, *grid)}, got {tuple(known.shape)}."
                 )
-            values = torch.zeros(count, *grid) if known is None else known.detach()
+            values = torch.zeros(count, *grid) if known is None else known
             channels += [values, torch.full((1, *grid), 0.0 if known is None else 1.0, device=values.device)]
         if positions:
             channels.append(positions_of(grid))
         device = next(iter(network.parameters())).device
-        extra = torch.cat([c.float().to(device) for c in channels]) if channels else torch.zeros(0, *grid)
+        lead = tuple(rows)
+        parts = [c.float().to(device).expand(*lead, *c.shape[-3:]) for c in channels]
+        extra = torch.cat(parts, -3) if parts else torch.zeros(0, *grid)
         self._conditions, self._given, self._positions = dict(conditions), given, positions
         self._prior = NetworkPrior(
             _Appended(network, shape[0], extra),
@@ -151,7 +159,8 @@ class ConditionalPrior(nn.Module):
         Parameters
         ----------
         given
-            Channels (channels, h, w) by name of the condition, latent units.
+            Channels (channels, h, w) by name of the condition, latent units, or (n, channels, h, w), a row for each of n
+            latents, which are then denoised together.
 
         Raises
         ------

@@ -138,7 +138,7 @@ class WaveletPrior(nn.Module):
         if not self._known:
             return D
         parts = [
-            self._known[name].to(D).expand(len(D), -1, *self.shape[1:]) if name in self._known else D[:, channels]
+            self._known[name].to(D).expand(len(D), *D[:, channels].shape[1:]) if name in self._known else D[:, channels]
             for name, channels in self.decoder.channels.items()
         ]
         return torch.cat(parts, 1)
@@ -158,7 +158,9 @@ class WaveletPrior(nn.Module):
         Parameters
         ----------
         given
-            By name: whole variables of the event, or inputs (\*in_shape) of `conditions`; physical units.
+            By name: whole variables of the event, or inputs (\*in_shape) of `conditions`; physical units. With one axis
+            more, (n, ...), they are rows: each of n latents has its own, and only n of them are denoised together.
+            Gradients pass through what is given.
 
         Raises
         ------
@@ -177,15 +179,20 @@ class WaveletPrior(nn.Module):
             operator = None if name in names else self.conditions[name]
             wanted: Any = self._event[list(names).index(name)].shape if operator is None else operator.in_shape
             shape = tuple(wanted)
-            if not _same(tuple(value.shape), shape):
-                raise ShapeError(f"The given {name!r} has shape {tuple(value.shape)}, needed is {shape}.")
+            one = _same(tuple(value.shape), shape)
+            if not one and not (value.ndim > 0 and _same(tuple(value.shape[1:]), shape)):
+                raise ShapeError(
+                    f"The given {name!r} has shape {tuple(value.shape)}, needed is {shape}, or rows of it."
+                )
             if operator is None:
                 inner = names[name]
-                whole = value.reshape(1, *self.decoder.shapes[self.decoder.names.index(inner)])
-                known[inner] = self.decoder.encode(inner, whole)[0, self.decoder.channels[inner]]
+                whole = value.reshape(-1, *self.decoder.shapes[self.decoder.names.index(inner)])
+                rows = self.decoder.encode(inner, whole)[:, self.decoder.channels[inner]]
+                known[inner] = rows[0] if one else rows
                 latents[name] = known[inner]
             else:
-                latents[name] = operator(value.reshape(1, *shape))[0]
+                rows = operator(value.reshape(-1, *shape))
+                latents[name] = rows[0] if one else rows
         condition = getattr(self.prior, "condition", None)
         if condition is None:
             raise CapabilityError(
