@@ -481,6 +481,7 @@ RUNS = {
     "ddrm": (samplers.DDRM(steps=6), mixture_prior),
     "ddnm": (samplers.DDNM(steps=6), mixture_prior),
     "diffpir": (samplers.DiffPIR(steps=6), mixture_prior),
+    "wdno": (samplers.WDNO(steps=6, inner=3, levels=samplers.Levels()), mixture_prior),
     "red-diff": (samplers.REDDiff(steps=6), mixture_prior),
     "importance": (samplers.ImportanceSampling(steps=6), mixture_prior),
     "twisted-smc": (samplers.TwistedSMC(threshold=1.0), token_prior),

@@ -45,6 +45,7 @@ ENTRIES = {
     samplers.DDRM: (samplers.DDRM(steps=40), 0.5, (0.35, 0.95)),
     samplers.DDNM: (samplers.DDNM(steps=40, eta=1.0), 0.35, (0.75, 1.05)),
     samplers.DiffPIR: (samplers.DiffPIR(steps=60), 0.35, (0.6, 1.0)),
+    samplers.WDNO: (samplers.WDNO(steps=60, zeta=0.8, levels=samplers.Levels()), 0.35, (0.6, 1.0)),
     samplers.REDDiff: (samplers.REDDiff(steps=60, lam=4.0), 0.4, (0.25, 0.6)),
     samplers.ImportanceSampling: (samplers.ImportanceSampling(steps=40), 0.7, (0.8, 1.5)),
 }

@@ -9,6 +9,8 @@ from invdiff.pde.burgers_data import BurgersSetting, burgers_cases
 from invdiff.pde.flow import CompressibleFlow
 from invdiff.pde.flow_data import ShockTubeSetting, flow_cases, shock_tubes
 from invdiff.pde.pdebench import read_pdebench
+from invdiff.pde.pid import pid_forcing
+from invdiff.pde.prior_solver import PriorSolver
 from invdiff.pde.riemann import riemann_solution, riemann_star
 from invdiff.pde.trajectory_files import Axis, Trajectories, read_trajectories, write_trajectories
 
@@ -22,6 +24,7 @@ __all__ = [
     "BurgersSetting",
     "CompressibleFlow",
     "OptimalForcing",
+    "PriorSolver",
     "ShockTubeSetting",
     "Trajectories",
     "TrajectoryCost",
@@ -31,6 +34,7 @@ __all__ = [
     "burgers_trajectories",
     "flow_cases",
     "optimal_forcing",
+    "pid_forcing",
     "read_pdebench",
     "read_trajectories",
     "riemann_solution",

@@ -11,7 +11,7 @@ solver's adjoint: the best that a method can do which may ask the solver as ofte
 from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, cast, final
+from typing import Any, Protocol, cast, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -21,7 +21,24 @@ from invdiff.errors import InputError, ShapeError
 from invdiff.operators.base import LinearOperator
 from invdiff.operators.inpainting import Inpainting
 from invdiff.operators.reshape import Reshape
-from invdiff.pde.burgers import Burgers
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Who says where a forcing leads: `Burgers`, or `PriorSolver`, which may answer several times."""
+
+    @property
+    def windows(self) -> int:
+        """Windows of the forcing."""
+
+    @property
+    def points(self) -> int:
+        """Cells of the control grid."""
+
+    def __call__(
+        self, initial: Float[Tensor, "n points"], forcing: Float[Tensor, "n windows points"], /
+    ) -> Float[Tensor, "m states points"]:
+        """Return states at the ends of all windows, m a multiple of n."""
 
 
 @final
@@ -31,7 +48,7 @@ class BurgersCost(nn.Module):
     Parameters
     ----------
     solver
-        Who solves; a finer one judges more strictly.
+        Who solves; a finer one judges more strictly. Where it answers several times, the misfit is their mean.
     initial, target
         Averages at the start and those wanted at the end, (points,), units of speed.
     weight
@@ -56,7 +73,7 @@ class BurgersCost(nn.Module):
 
     def __init__(
         self,
-        solver: Burgers,
+        solver: Solver,
         initial: Float[Tensor, " points"],
         target: Float[Tensor, " points"],
         *,
@@ -78,10 +95,10 @@ class BurgersCost(nn.Module):
         for name, t in (("initial", initial), ("target", target), ("observed", observed), ("controlled", controlled)):
             self.register_buffer(name, t.detach().clone())
 
-    def final(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, "n points"]:
-        """Averages at the end."""
+    def final(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, "m points"]:
+        """Averages at the end; answer by answer, where the solver gives several."""
         acting = torch.where(self.controlled, forcing, 0.0)
-        states: Tensor = self.solver(self.initial.to(forcing).expand(len(forcing), -1), acting)
+        states = self.solver(self.initial.to(forcing).expand(len(forcing), -1), acting)
         return states[:, -1]
 
     def distance(self, final: Float[Tensor, "n points"]) -> Float[Tensor, " n"]:
@@ -90,7 +107,7 @@ class BurgersCost(nn.Module):
 
     def misfit(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, " n"]:
         """Mean squared distance from the target over the observed cells."""
-        return self.distance(self.final(forcing))
+        return self.distance(self.final(forcing)).reshape(-1, len(forcing)).mean(0)
 
     def energy(self, forcing: Float[Tensor, "n windows points"]) -> Float[Tensor, " n"]:
         """Sum of the squared forcing that acts."""
@@ -205,9 +222,16 @@ class _Spent(Exception):  # noqa: N818  no error: it ends a search whose line se
 
 
 def optimal_forcing(
-    cost: BurgersCost, *, start: Float[Tensor, "windows points"] | None = None, calls: int = 100
+    cost: BurgersCost,
+    *,
+    start: Float[Tensor, "windows points"] | None = None,
+    calls: int = 100,
+    smooth: tuple[float, float] | None = None,
 ) -> OptimalForcing:
     """Minimise J by L-BFGS with exact gradients, in float64.
+
+    With ``smooth`` it looks among forcings S c, c free and S a Gaussian average over windows and cells. A solver that
+    was learned has cheap answers in patterns that it never saw; smooth forcings hold few of them.
 
     Parameters
     ----------
@@ -217,34 +241,54 @@ def optimal_forcing(
         First forcing; zero if None.
     calls
         Solver calls, at most; each is one forward and one backward.
+    smooth
+        Standard deviations of S in windows and cells, positive; S is applied to the start too. Any forcing if None.
 
     Raises
     ------
     InputError
-        If there is not one call.
+        If there is not one call, or a standard deviation is not positive.
     """
     from scipy.optimize import minimize
 
     if calls < 1:
         raise InputError(f"A search takes at least one solver call, got {calls}.")
-    acting = cost.controlled.cpu()
-    f = torch.zeros(cost.in_shape, dtype=torch.float64) if start is None else start.detach().double().cpu().clone()
-    best: list[Any] = [float("inf"), f.clone(), 0]
+    if smooth is not None and not min(smooth) > 0.0:
+        raise InputError(f"The standard deviations of smooth forcings are positive, got {smooth}.")
+    acting, device = cost.controlled.cpu(), cost.target.device
+    c = torch.zeros(cost.in_shape, dtype=torch.float64) if start is None else start.detach().double().cpu().clone()
+    c = torch.where(acting, c, 0.0)
+    averages = [_averages(n, width) for n, width in zip(cost.in_shape, smooth or (), strict=False)]
+
+    def forcing() -> Tensor:
+        f = averages[0] @ c @ averages[1].mT if averages else c
+        return torch.where(acting, f, 0.0)
+
+    best: list[Any] = [float("inf"), forcing(), 0]
 
     def evaluate(values: Any) -> tuple[float, Any]:
         if best[2] >= calls:
             raise _Spent
-        f[:, acting] = torch.from_numpy(values).reshape(cost.in_shape[0], -1)
-        leaf = f.clone().requires_grad_()
+        c[:, acting] = torch.from_numpy(values).reshape(cost.in_shape[0], -1)
+        f = forcing()
+        leaf = f.to(device, copy=True).requires_grad_()
         J = cost(leaf[None])[0]
-        (slope,) = torch.autograd.grad(J, leaf)
+        slope = torch.where(acting, torch.autograd.grad(J, leaf)[0].cpu(), 0.0)
+        slope = averages[0].mT @ slope @ averages[1] if averages else slope
         value = float(J.detach())
         best[2] += 1
         if value < best[0]:
-            best[:2] = [value, f.clone()]
+            best[:2] = [value, f]
         return value, slope[:, acting].flatten().numpy()
 
     options = {"maxfun": 10 * calls, "maxiter": 10 * calls, "ftol": 0.0, "gtol": 0.0}
     with suppress(_Spent):
-        minimize(evaluate, f[:, acting].flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return OptimalForcing(forcing=torch.where(acting, best[1], 0.0), cost=best[0], calls=best[2])
+        minimize(evaluate, c[:, acting].flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
+    return OptimalForcing(forcing=best[1], cost=best[0], calls=best[2])
+
+
+def _averages(n: int, width: float) -> Tensor:
+    """Gaussian averages over n neighbours in a row, each row's weights summing to one: (n, n), float64."""
+    i = torch.arange(n, dtype=torch.float64)
+    weights = (-0.5 * ((i[:, None] - i) / width).square()).exp()
+    return weights / weights.sum(1, keepdim=True)

@@ -104,7 +104,9 @@ class ConditionalPrior(nn.Module):
             raise CatalogueError.unknown("condition of the network", unknown, conditions)
         channels, rows = [], {len(k) for k in given.values() if k.ndim == 4}
         if len(rows) > 1:
-            raise ShapeError(f"What is known has a row for each latent, as many for every condition; got {sorted(rows)}.")
+            raise ShapeError(
+                f"What is known has a row for each latent, as many for every condition; got {sorted(rows)}."
+            )
         for condition, count in conditions.items():
             known = given.get(condition)
             if known is not None and (tuple(known.shape[-3:]) != (count, *grid) or known.ndim > 4):
@@ -159,8 +161,8 @@ class ConditionalPrior(nn.Module):
         Parameters
         ----------
         given
-            Channels (channels, h, w) by name of the condition, latent units, or (n, channels, h, w), a row for each of n
-            latents, which are then denoised together.
+            Channels (channels, h, w) by name of the condition, latent units, or (n, channels, h, w), a row for each of
+            n latents, which are then denoised together.
 
         Raises
         ------

@@ -31,6 +31,7 @@ from invdiff.samplers.transport_langevin import TransportLangevin
 from invdiff.samplers.twisted_smc import TwistedSMC
 from invdiff.samplers.twists import MomentMatched, PlugIn, Twist
 from invdiff.samplers.ula import ULA
+from invdiff.samplers.wdno import WDNO
 
 __all__ = [
     "AFDPS",
@@ -47,6 +48,7 @@ __all__ = [
     "SVDD",
     "TDS",
     "ULA",
+    "WDNO",
     "AmortisedSMC",
     "AnchoredSMC",
     "BirthDeath",
