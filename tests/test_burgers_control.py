@@ -79,15 +79,18 @@ def test_a_cost_is_an_objective():
 
 def test_the_benchmark_orders_its_rows(tmp_path):
     out, page = tmp_path / "b.json", tmp_path / "t.md"
-    words = f"--out {out} --table {page} --cases 2 --calls 5 --settings"
-    burgers_control.main([*words.split(), "burgers-control-short, both"])
+    name = "burgers-control-partial-both"
+    burgers_control.main(f"--out {out} --table {page} --cases 2 --calls 5 --settings {name}".split())
     rows = {r["method"]: r for r in json.loads(out.read_text())["rows"]}
-    nothing, own, best = rows.values()
-    assert list(rows) == ["no forcing", "the data's own", "adjoint L-BFGS, 5 calls"]
+    nothing, own, pid, best = rows.values()
+    assert list(rows) == ["no forcing", "the data's own", "PID", "adjoint"]
+    assert tuple(pid["gains"]) in burgers_control.GAINS
+    assert len(best["mean_costs"]) == 5
+    assert best["mean_costs"] == sorted(best["mean_costs"], reverse=True)
     assert own["misfit"][0] == 0.0 < best["misfit"][0] < nothing["misfit"][0]
     assert nothing["energy"][0] == 0.0
     assert best["calls"][0] == 5
-    assert "### burgers-control-short, both" in page.read_text()
+    assert f"### {name}" in page.read_text()
     assert f"| the data's own | {own['J'][0]:.3g}" in page.read_text()
 
 

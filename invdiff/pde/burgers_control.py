@@ -210,11 +210,14 @@ class OptimalForcing:
         J, as the solver of the search has it.
     calls
         Solver calls, each forward and backward.
+    costs
+        The lowest J after each call.
     """
 
     forcing: Tensor
     cost: float
     calls: int
+    costs: tuple[float, ...] = ()
 
 
 class _Spent(Exception):  # noqa: N818  no error: it ends a search whose line search would go on
@@ -264,10 +267,11 @@ def optimal_forcing(
         f = averages[0] @ c @ averages[1].mT if averages else c
         return torch.where(acting, f, 0.0)
 
-    best: list[Any] = [float("inf"), forcing(), 0]
+    best: list[Any] = [float("inf"), forcing()]
+    costs: list[float] = []
 
     def evaluate(values: Any) -> tuple[float, Any]:
-        if best[2] >= calls:
+        if len(costs) >= calls:
             raise _Spent
         c[:, acting] = torch.from_numpy(values).reshape(cost.in_shape[0], -1)
         f = forcing()
@@ -276,15 +280,15 @@ def optimal_forcing(
         slope = torch.where(acting, torch.autograd.grad(J, leaf)[0].cpu(), 0.0)
         slope = averages[0].mT @ slope @ averages[1] if averages else slope
         value = float(J.detach())
-        best[2] += 1
         if value < best[0]:
-            best[:2] = [value, f]
+            best[:] = [value, f]
+        costs.append(best[0])
         return value, slope[:, acting].flatten().numpy()
 
     options = {"maxfun": 10 * calls, "maxiter": 10 * calls, "ftol": 0.0, "gtol": 0.0}
     with suppress(_Spent):
         minimize(evaluate, c[:, acting].flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return OptimalForcing(forcing=best[1], cost=best[0], calls=best[2])
+    return OptimalForcing(forcing=best[1], cost=best[0], calls=len(costs), costs=tuple(costs))
 
 
 def _averages(n: int, width: float) -> Tensor:
