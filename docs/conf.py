@@ -39,6 +39,9 @@ TABLES = {
     "ensembles": "ensembles",
     "phase_modes": "phase_modes",
     "operators_h100": "operators",
+    "burgers_control": "burgers_control",
+    "burgers_simulate": "burgers_simulate",
+    "burgers_solver": "burgers_solver",
     "imaging_64": "imaging",
     "imaging_256": "imaging",
     "imaging_300": "imaging",
@@ -86,6 +89,7 @@ PAGES = (
     "decoded",
     "calibration",
     "imaging",
+    "burgers",
     "contracts",
     "changelog",
 )

@@ -13,6 +13,7 @@ WEIGHTS = ROOT / "priors" / "photos-64" / "weights.safetensors"
 OPTIONS = {
     "choose_a_blur_by_evidence": ["--draws", "10", "--steps", "5"],
     "deblur_a_photograph": ["--draws", "2"],
+    "steer_burgers": ["--search", "2", "--solver-calls", "1"],
 }
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 

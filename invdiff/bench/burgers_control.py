@@ -1,6 +1,6 @@
 """Control of Burgers' equation on held-out cases: learned priors, solvers and baselines, judged by a finer solver.
 
-    python -m invdiff.bench.burgers_control --out docs/burgers_control.json --table docs/burgers_control_table.md \\
+    python -m invdiff.bench.burgers_control --out docs/burgers_control.json --table docs/burgers_control_table.md
         [--surrogate FOLDER] [--short FOLDER] [--processes 2]
 
 Each case is a random initial state and forcing of its setting; the target is where that forcing leads, so that it can
