@@ -10,6 +10,7 @@ minute on two CPU cores. The judge is the equation: the picture's states are sol
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +20,11 @@ import invdiff
 from invdiff.pde import BurgersCost, BurgersSetting, PriorSolver, burgers_judge, optimal_forcing
 
 
+def cells(values: torch.Tensor) -> np.ndarray:
+    """Centres of the grid's cells."""
+    return (np.arange(len(values)) + 0.5) / len(values)
+
+
 def picture(states: torch.Tensor, forcing: torch.Tensor, idle: torch.Tensor, target: torch.Tensor, T: float) -> Figure:
     """States and forcing over space and time, and the final states beside the target."""
     figure = Figure(figsize=(11.0, 3.4), layout="constrained")
@@ -26,15 +32,15 @@ def picture(states: torch.Tensor, forcing: torch.Tensor, idle: torch.Tensor, tar
     for axis, values, name in ((left, states, "state u"), (middle, forcing, "forcing f")):
         top = float(values.abs().max())
         image = axis.imshow(
-            values, origin="lower", aspect="auto", extent=(0, 1, 0, T), cmap="RdBu_r", vmin=-top, vmax=top
+            values.numpy(), origin="lower", aspect="auto", extent=(0, 1, 0, T), cmap="RdBu_r", vmin=-top, vmax=top
         )
         axis.set(xlabel="x", ylabel="time", title=name)
         figure.colorbar(image, ax=axis)
-    x = (torch.arange(len(target)) + 0.5) / len(target)
-    right.plot(x, target, "k", linewidth=3, alpha=0.35, label="target")
-    right.plot(x, states[-1], "C0", label="steered")
-    right.plot(x, idle[-1], "C7--", label="without forcing")
-    right.plot(x, states[0], "C1:", label="initial state")
+    x = cells(target)
+    right.plot(x, target.numpy(), "k", linewidth=3, alpha=0.35, label="target")
+    right.plot(x, states[-1].numpy(), "C0", label="steered")
+    right.plot(x, idle[-1].numpy(), "C7--", label="without forcing")
+    right.plot(x, states[0].numpy(), "C1:", label="initial state")
     right.set(xlabel="x", ylabel="u", title="at the end")
     right.legend(fontsize=8)
     return figure
@@ -45,18 +51,18 @@ def animation(states: torch.Tensor, forcing: torch.Tensor, target: torch.Tensor,
     figure = Figure(figsize=(5.5, 3.6), layout="constrained", dpi=80)
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
-    x = (torch.arange(len(target)) + 0.5) / len(target)
-    above.plot(x, target, "k", linewidth=3, alpha=0.3, label="target")
-    (state,) = above.plot(x, states[0], "C0", label="state")
-    (force,) = below.plot(x, forcing[0], "C3")
+    x = cells(target)
+    above.plot(x, target.numpy(), "k", linewidth=3, alpha=0.3, label="target")
+    (state,) = above.plot(x, states[0].numpy(), "C0", label="state")
+    (force,) = below.plot(x, forcing[0].numpy(), "C3")
     above.legend(loc="upper right", fontsize=8)
     top, high = 1.1 * float(states.abs().max()), 1.1 * float(forcing.abs().max())
     above.set(ylim=(-top, top), ylabel="u")
     below.set(ylim=(-high, high), ylabel="f", xlabel="x")
 
     def draw(k: int) -> tuple[()]:
-        state.set_ydata(states[k])
-        force.set_ydata(forcing[min(k, len(forcing) - 1)])
+        state.set_ydata(states[k].numpy())
+        force.set_ydata(forcing[min(k, len(forcing) - 1)].numpy())
         above.set_title(f"time {k * T / len(forcing):.1f} of {T:g}", fontsize=9)
         return ()
 

@@ -15,6 +15,7 @@ OPTIONS = {
     "deblur_a_photograph": ["--draws", "2"],
     "steer_burgers": ["--search", "2", "--solver-calls", "1"],
 }
+STEERING = {"steer_burgers"}  # an objective has no noise that residuals could agree with
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -31,5 +32,6 @@ def test_example_runs(script, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert "written:" in capsys.readouterr().out
     solution = invdiff.Solution.load(tmp_path / f"{script.stem}.nc")
-    assert solution.check()["verdict"] == "consistent"
+    if script.stem not in STEERING:
+        assert solution.check()["verdict"] == "consistent"
     assert (tmp_path / f"{script.stem}.png").stat().st_size > 0
