@@ -109,7 +109,7 @@ def test_the_coarsest_accurate_grid_is_compared_with_the_published_code(tmp_path
     assert (
         "refine=2, in float64. At batch 64 in float64, forward takes 6.95 us" in text
     )  # in float32 it is not accurate
-    assert "1e+05 times the trajectories" in text
+    assert "100,000 times the trajectories" in text
     assert "| 2 | float64 | forward | 1 ms | 6.95 us |" in text
     assert "| 2 | float32 | forward | 1 us |  |" in text
     assert "| 3 | 72 | float32 | 1.00e-04 | 5.00e-05 |" in text

@@ -234,6 +234,10 @@ class Nowhere(likelihoods.Gaussian):
     def log_prob(self, x: Tensor) -> Tensor:
         return super().log_prob(x) - torch.inf
 
+    def log_prob_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = super().log_prob_and_grad(x)
+        return value - torch.inf, grad
+
 
 TEMPERED = Tempered(scale=0.5)
 DEAD = {
