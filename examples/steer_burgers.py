@@ -3,7 +3,7 @@
     python examples/steer_burgers.py --out . [--case 2] [--search 12] [--solver-calls 0] [--animation]
 
 The prior is told the initial state and the target, and draws a forcing together with the states that it leads to; a
-search through the prior makes it cheaper; ``--solver-calls`` lets L-BFGS go on through the solver's adjoint. Half a
+search through the prior makes it cheaper; ``--solver-calls`` lets L-BFGS go on through the solver's adjoint. A
 minute on two CPU cores. The judge is the equation: the picture's states are solved, not drawn.
 """
 
