@@ -63,6 +63,17 @@ def test_more_iterations_come_closer_to_the_proximal_point():
     assert values[0].mean() > values[1].mean() > values[2].mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_where_the_objective_is_least_nothing_moves(dtype):
+    """Nor is anything divided by the slope of zero, on a grid of any size."""
+    grid = (8, 44, 60)
+    prior = FieldPrior.power_law(grid, 2.0, 1.0)
+    d = normal(*grid, seed=4).to(dtype)
+    bowl = likelihoods.Objective(lambda x: (x - d).square().flatten(1).sum(1), 1.0, grid)
+    z = d.expand(1, 2, *grid)
+    assert torch.equal(WDNO()._proximal(Posterior(Problem(bowl), prior, dtype=dtype), z, 0.5), z)
+
+
 @pytest.mark.parametrize("solver", [False, True])
 def test_the_trained_prior_steers(solver):
     """One case of WDNO's setting in a few levels, by the drawn states and through the equation."""

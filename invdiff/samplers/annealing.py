@@ -2,6 +2,7 @@
 
 from abc import ABC
 from dataclasses import dataclass
+from math import sqrt
 
 from torch import Tensor
 
@@ -52,6 +53,12 @@ def check_steps(steps: int) -> None:
     """Raise InputError unless a sampler's steps are positive."""
     if steps < 1:
         raise InputError(f"A sampler needs at least one step, got {steps}.")
+
+
+def noised_again(z: Tensor, x: Tensor, sigma: float, sigma_next: float, zeta: float, noise: Noise) -> Tensor:
+    """Noise x up to the next level, with what it leaves in z and a share zeta of fresh noise."""
+    z = x + sqrt(1.0 - zeta) * (sigma_next / sigma) * (z - x)
+    return z + sqrt(zeta) * sigma_next * noise.like(x) if zeta > 0.0 else z
 
 
 class Annealed(Sampler, ABC):

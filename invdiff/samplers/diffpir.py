@@ -37,7 +37,6 @@ Cost: one forward pass a level, none backward; one proximal step a level.
 """
 
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import ClassVar, final
 
 from torch import Tensor
@@ -48,7 +47,7 @@ from invdiff.errors import InputError
 from invdiff.linear_gaussian import LinearGaussian
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
+from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps, noised_again
 
 
 @final
@@ -119,9 +118,7 @@ class DiffPIR(Annealed):
         misfit = posterior.misfit(x)
         if sigma_next == 0.0:
             return AnnealedState(z=x, step=state.step + 1), Info(sigma=0.0, misfit=misfit)
-        z = x + sqrt(1.0 - self.zeta) * (sigma_next / sigma) * (state.z - x)
-        if self.zeta > 0.0:
-            z = z + sqrt(self.zeta) * sigma_next * noise.like(x)
+        z = noised_again(state.z, x, sigma, sigma_next, self.zeta, noise)
         return AnnealedState(z=z, step=state.step + 1), Info(sigma=sigma_next, misfit=misfit)
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's

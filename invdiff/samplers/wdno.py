@@ -41,7 +41,7 @@ from invdiff.driver import Cost, Info
 from invdiff.errors import InputError
 from invdiff.noise import Noise
 from invdiff.posterior import Posterior
-from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps
+from invdiff.samplers.annealing import Annealed, AnnealedState, Levels, check_steps, noised_again
 
 
 @final
@@ -110,9 +110,7 @@ class WDNO(Annealed):
         misfit = posterior.misfit(x)
         if sigma_next == 0.0:
             return AnnealedState(z=x, step=state.step + 1), Info(sigma=0.0, misfit=misfit)
-        z = x + sqrt(1.0 - self.zeta) * (sigma_next / sigma) * (state.z - x)
-        if self.zeta > 0.0:
-            z = z + sqrt(self.zeta) * sigma_next * noise.like(x)
+        z = noised_again(state.z, x, sigma, sigma_next, self.zeta, noise)
         return AnnealedState(z=z, step=state.step + 1), Info(sigma=sigma_next, misfit=misfit)
 
     def finish(self, posterior: Posterior, state: AnnealedState, *, noise: Noise) -> Draws:  # noqa: ARG002 the contract's
@@ -130,12 +128,13 @@ class WDNO(Annealed):
         change, rest = d.new_zeros(d.shape), slope
         p, size = rest, dot(rest, rest)
         tiny = torch.finfo(d.dtype).tiny
+        # A change of the size of the level's noise, or of the latents where that is smaller, is neither lost in
+        # rounding nor far from where the gradient was taken.
+        far = 0.1 * min(sigma, 1.0) * sqrt(d[0, 0].numel())
         for _ in range(self.inner):
-            # A change of the size of the level's noise, or of the latents where that is smaller, is neither lost in
-            # rounding nor far from where the gradient was taken.
-            h = 0.1 * min(sigma, 1.0) * sqrt(d[0, 0].numel()) / dot(p, p).sqrt().clamp_min(tiny)
-            _, moved = posterior.log_likelihood_and_grad(d + h * p)
-            product = (slope - moved) / h + weight * p
+            norm = dot(p, p).sqrt()
+            _, moved = posterior.log_likelihood_and_grad(d + far * (p / norm.clamp_min(tiny)))
+            product = (slope - moved) * (norm / far) + weight * p
             curvature = dot(p, product).maximum(weight * dot(p, p)).clamp_min(tiny)
             length = size / curvature
             change, rest = change + length * p, rest - length * product
