@@ -9,9 +9,9 @@ from invdiff.bench import burgers_control, burgers_simulate
 
 def test_control_by_the_prior_and_searches(tmp_path, monkeypatch):
     """One case, few calls: the rows, what each one asked, and that all of them steer."""
-    task = burgers_control.TASKS["burgers-control"]
-    few = burgers_control.Task(card=task.card, setting="wdno", partial="none", weight=task.weight, draws=1, calls=3)
+    few = burgers_control.Task(card="burgers-control", draws=1, calls=3)
     monkeypatch.setattr(burgers_control, "TASKS", {"burgers-control": few})
+    monkeypatch.setattr(burgers_control, "CHOSEN_ON", 0)
     monkeypatch.setattr(burgers_control, "gains", lambda _: (1.0, 0.0, 0.0))
     out, page = tmp_path / "b.json", tmp_path / "t.md"
     burgers_control.main(f"--out {out} --table {page} --cases 1 --calls 6".split())
@@ -30,6 +30,8 @@ def test_control_by_the_prior_and_searches(tmp_path, monkeypatch):
     assert report["priors"]["burgers-control"]["prior"].startswith("wavelets of burgers-wavelet, ")
     text = page.read_text()
     assert "within 1.1 of the best after" in text
+    least = min(J[label] for label in J if label != "the data's own")
+    assert f"WDNO {J['WDNO'] / least:.3g}; WDNO, search through the prior" in text
     assert str(tmp_path) not in out.read_text()
 
 
