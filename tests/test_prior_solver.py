@@ -5,6 +5,7 @@ import torch
 
 import invdiff
 from invdiff.errors import InputError, ShapeError
+from invdiff.noise import Noise, stream_key
 from invdiff.pde import BurgersCost, BurgersSetting, PriorSolver, burgers_cases, optimal_forcing, pid_forcing
 from invdiff.priors import GaussianPrior
 from invdiff.priors.trajectory_loading import TrajectoryCard, make_trajectory_prior
@@ -52,8 +53,6 @@ def test_the_first_level_is_the_denoiser_told_both():
     setting, prior = small_prior()
     u, f = burgers_cases(setting, range(1), seed=1)
     known = prior.condition({"initial": u[0], "forcing": f[0]})
-    from invdiff.noise import Noise, stream_key
-
     noise = Noise([stream_key(0, "solver", 0)], 1, dtype=F64)
     z = 20.0 * noise.normal(noise.slots, prior.shape)
     expected = known.decode(known.denoise(z, 20.0))[:, : 7 * 16].reshape(1, 7, 16)
@@ -86,7 +85,7 @@ def test_a_search_among_smooth_forcings():
     assert many.cost <= few.cost
     assert many.cost < 0.5 * float(cost(torch.zeros_like(f)))
     rough = [float(x.forcing.diff(dim=1).square().sum() / x.forcing.square().sum()) for x in (many, free)]
-    assert rough[0] < 0.3 < 2 * rough[1] or rough[0] < rough[1]
+    assert rough[0] < rough[1]
     assert few.calls == 5
     # A start is averaged too, and what acts nowhere is left out of it.
     masked = BurgersCost(solver, u[0], target, controlled=torch.arange(16) < 8)
