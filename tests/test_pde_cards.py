@@ -5,7 +5,7 @@ import torch
 
 import invdiff
 from invdiff import CatalogueError, InputError, ShapeError, cards, load_problem
-from invdiff.card_models import EquationCard
+from invdiff.card_equations import EquationCard
 from invdiff.cli import main
 from invdiff.event import Variable
 from invdiff.likelihoods import Gaussian, Objective
@@ -275,7 +275,12 @@ def test_training_cases_go_through_a_file(tmp_path):
             "setting of Burgers' equation.*did you mean 'wdno'",
         ),
         ("burgers-control", {"equation__partial": "some"}, InputError, r"equation\.partial"),
-        ("burgers-control", {"equation__type": "Burger"}, InputError, r"equation\.type"),
+        (
+            "burgers-control",
+            {"equation__type": "Burger"},
+            InputError,
+            "equation: .*'Burger'.*'Burgers', 'Advection', 'Flow'",
+        ),
         ("burgers-control", {"control__weight": -1.0}, InputError, r"control\.weight.*greater than or equal to 0"),
         ("burgers-control", {"control__temperature": 0.0}, InputError, r"control\.temperature.*greater than 0"),
         ("burgers-control", {"given": ["start"]}, InputError, r"given\.0"),
@@ -288,7 +293,12 @@ def test_training_cases_go_through_a_file(tmp_path):
         ),
         ("burgers-control", {"noise__std": 0.1}, InputError, r"noise: is not a field"),
         ("burgers-simulate", {"sensors__count": 13}, InputError, "at most 12 cells.*got 13 sensors"),
-        ("burgers-simulate", {"sensors__last": 5}, InputError, "windows 0 to 4; got 12 sensors read from 0 to 5"),
+        (
+            "burgers-simulate",
+            {"sensors__last": 5},
+            InputError,
+            "the initial one, to 4; got 12 sensors read from 0 to 5",
+        ),
         ("burgers-simulate", {"sensors__first": 1}, InputError, "read from 1 to 0"),
         ("burgers-simulate", {"sensors__noise_std": 0.0}, InputError, r"sensors\.noise_std"),
     ],
