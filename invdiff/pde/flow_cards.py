@@ -47,7 +47,7 @@ def flow_trajectories(setting: ShockTubeSetting, indices: range, *, seed: int = 
     fine = replace(setting, points=refine * setting.points)
     with torch.no_grad():
         states = conserved(setting.solver(refine)(flow_cases(fine, indices, seed=seed)), setting.gamma)
-    found = primitive(states.unflatten(-1, (setting.points, refine)).mean(-1), setting.gamma)
+    found = primitive(states.reshape(*states.shape[:-1], setting.points, refine).mean(-1), setting.gamma)
     x = torch.linspace(-1.0, 1.0, setting.points + 1, dtype=torch.float64)
     times = torch.linspace(0.0, setting.duration, setting.states, dtype=torch.float64)
     names = ("density", "velocity", "pressure")
