@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -14,15 +14,7 @@ from invdiff.operators.base import LinearOperator
 from invdiff.pde.burgers_control import picked
 
 if TYPE_CHECKING:
-    from invdiff.card_equations import SensorsTable
-
-
-class CasesTable(Protocol):
-    """A card's section ``[equation]``, as far as it counts cases."""
-
-    @property
-    def cases(self) -> int:
-        """How many there are."""
+    from invdiff.card_equations import EquationTable, SensorsTable
 
 
 @final
@@ -46,14 +38,14 @@ class TrajectoryCase:
     known: Mapping[str, Tensor]
 
 
-def only_case(card: CasesTable, index: int) -> range:
+def only_case(card: "EquationTable", index: int) -> range:
     """Return the range of one case of a card's section ``[equation]``; InputError if it has no such case."""
     if not 0 <= index < card.cases:
         raise InputError(f"The card has the cases 0 to {card.cases - 1}, got index {index}.")
     return range(index, index + 1)
 
 
-def replaced(card: CasesTable, names: Sequence[str]) -> dict[str, Any]:
+def replaced(card: "EquationTable", names: Sequence[str]) -> dict[str, Any]:
     """Return what a card's section ``[equation]`` says in place of its setting."""
     return {name: getattr(card, name) for name in names if getattr(card, name) is not None}
 
