@@ -9,23 +9,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from invdiff.card_equations import EquationCard
+from invdiff.card_fields import Count, Flag, Index, NotNegative, Positive, Table
 from invdiff.errors import CatalogueError, InputError
 
-# Strict: TOML has numbers, so that text or a truth value in a number's place is a mistake.
-Positive = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Index = Annotated[int, Field(strict=True, ge=0)]
-Flag = Annotated[bool, Field(strict=True)]
 
-
-class _Card(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GaussianKernel(_Card):
+class GaussianKernel(Table):
     """A Gaussian point-spread function; std in pixels."""
 
     type: Literal["gaussian"]
@@ -33,7 +24,7 @@ class GaussianKernel(_Card):
     std: Positive
 
 
-class MotionKernel(_Card):
+class MotionKernel(Table):
     """A camera-shake path; without a seed it follows the index, modulo `seeds`."""
 
     type: Literal["motion"]
@@ -43,14 +34,14 @@ class MotionKernel(_Card):
     seeds: Count = 8
 
 
-class FileKernel(_Card):
+class FileKernel(Table):
     """A picture of the point-spread function, normalised to sum 1."""
 
     type: Literal["file"]
     path: str
 
 
-class RandomMask(_Card):
+class RandomMask(Table):
     """Pixels observed at random; without a seed it follows the index, modulo `seeds`."""
 
     type: Literal["random"]
@@ -59,7 +50,7 @@ class RandomMask(_Card):
     seeds: Count = 8
 
 
-class BoxMask(_Card):
+class BoxMask(Table):
     """A missing box, its side a share of the picture's shorter side, placed by a seed; in the centre with `centred`."""
 
     type: Literal["box"]
@@ -69,7 +60,7 @@ class BoxMask(_Card):
     seeds: Count = 8
 
 
-class FileMask(_Card):
+class FileMask(Table):
     """A picture of the mask, white where observed."""
 
     type: Literal["file"]
@@ -80,7 +71,7 @@ Kernel = Annotated[GaussianKernel | MotionKernel | FileKernel, Field(discriminat
 Boundary = Literal["circular", "reflect", "zero", "valid"]
 
 
-class BlurCard(_Card):
+class BlurCard(Table):
     """Convolution."""
 
     type: Literal["Blur"]
@@ -88,21 +79,21 @@ class BlurCard(_Card):
     boundary: Boundary = "reflect"
 
 
-class InpaintingCard(_Card):
+class InpaintingCard(Table):
     """Missing pixels."""
 
     type: Literal["Inpainting"]
     mask: Annotated[RandomMask | BoxMask | FileMask, Field(discriminator="type")]
 
 
-class DownsamplingCard(_Card):
+class DownsamplingCard(Table):
     """Anti-aliased bicubic down-sampling."""
 
     type: Literal["Downsampling"]
     factor: Annotated[int, Field(strict=True, ge=2)]
 
 
-class CompressedSensingCard(_Card):
+class CompressedSensingCard(Table):
     """Random measurements, `ratio` times as many as values; without a seed it follows the index, modulo `seeds`."""
 
     type: Literal["CompressedSensing"]
@@ -123,7 +114,7 @@ def _angles(value: object) -> int | tuple[float, ...]:
     raise ValueError("the angles are their number, at least 1, or a flat list of finite degrees")
 
 
-class TomographyCard(_Card):
+class TomographyCard(Table):
     """Line integrals along parallel rays; angles is their number in half a turn, or a list of degrees."""
 
     type: Literal["Tomography"]
@@ -131,14 +122,14 @@ class TomographyCard(_Card):
     detectors: Count | None = None
 
 
-class HighDynamicRangeCard(_Card):
+class HighDynamicRangeCard(Table):
     """Contrast amplified and clipped."""
 
     type: Literal["HighDynamicRange"]
     gain: Positive = 2.0
 
 
-class NonlinearBlurCard(_Card):
+class NonlinearBlurCard(Table):
     """Camera shake in linear light that saturates and is gamma-encoded."""
 
     type: Literal["NonlinearBlur"]
@@ -149,7 +140,7 @@ class NonlinearBlurCard(_Card):
     knee: Positive = 0.1
 
 
-class PhaseRetrievalCard(_Card):
+class PhaseRetrievalCard(Table):
     """Magnitudes of the oversampled Fourier transform."""
 
     type: Literal["PhaseRetrieval"]
@@ -160,20 +151,20 @@ Row = tuple[float, ...]
 Matrix = tuple[Row, ...]
 
 
-class DenseCard(_Card):
+class DenseCard(Table):
     """A matrix on flattened inputs, a row a measured value."""
 
     type: Literal["Dense"]
     matrix: Matrix
 
 
-class IdentityCard(_Card):
+class IdentityCard(Table):
     """Every value of the unknown."""
 
     type: Literal["Identity"]
 
 
-class ParityCard(_Card):
+class ParityCard(Table):
     """Exclusive or of some bits; each check is a list of their numbers, from 0."""
 
     type: Literal["Parity"]
@@ -196,14 +187,14 @@ OperatorCard = Annotated[
 ]
 
 
-class GaussianNoise(_Card):
+class GaussianNoise(Table):
     """Gaussian noise; std in the measurement's units, for pictures in [0, 1]."""
 
     type: Literal["gaussian"] = "gaussian"
     std: Positive
 
 
-class PoissonNoise(_Card):
+class PoissonNoise(Table):
     """Photon counts: gain is the mean count of one unit of the operator's output, background that of the dark."""
 
     type: Literal["poisson"]
@@ -211,7 +202,7 @@ class PoissonNoise(_Card):
     background: NotNegative = 1e-3
 
 
-class FlipNoise(_Card):
+class FlipNoise(Table):
     """Bits, each flipped with this probability."""
 
     type: Literal["flips"]
@@ -232,14 +223,14 @@ InstanceNoise = Annotated[
 ]
 
 
-class ProblemData(_Card):
+class ProblemData(Table):
     """Which pictures, and how large."""
 
     set: str
     side: Count
 
 
-class ProblemCard(_Card):
+class ProblemCard(Table):
     """A benchmark problem."""
 
     name: str
@@ -252,7 +243,7 @@ class ProblemCard(_Card):
     metrics: tuple[str, ...] = ("psnr_mean", "psnr_draw", "ssim_mean", "crps", "coverage_90", "spread_skill")
 
 
-class MarkovChainTable(_Card):
+class MarkovChainTable(Table):
     """Markov chain of tokens, and the vector of each."""
 
     type: Literal["MarkovChain"]
@@ -262,7 +253,7 @@ class MarkovChainTable(_Card):
     codebook: Matrix | None = None
 
 
-class IsingTable(_Card):
+class IsingTable(Table):
     """Ising spins on a grid (height, width), free boundaries."""
 
     type: Literal["Ising"]
@@ -270,7 +261,7 @@ class IsingTable(_Card):
     coupling: Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-class ProductMixtureTable(_Card):
+class ProductMixtureTable(Table):
     """Mixture of laws of independent tokens, (components, length, kinds); shape is that of the unknown."""
 
     type: Literal["ProductMixture"]
@@ -283,7 +274,7 @@ class ProductMixtureTable(_Card):
 PriorTable = Annotated[MarkovChainTable | IsingTable | ProductMixtureTable, Field(discriminator="type")]
 
 
-class InstanceCard(_Card):
+class InstanceCard(Table):
     """A problem with one fixed measurement and a prior of its own, under which its posterior is known."""
 
     name: str
@@ -297,83 +288,7 @@ class InstanceCard(_Card):
     truth: Row
 
 
-class BurgersTable(_Card):
-    """Cases of viscous Burgers' equation: a published setting, parts of it replaced where they are given.
-
-    Cases are held out by their seed; training takes seed 0. `refine` is the number of cells in a control cell of the
-    solver that makes the data and judges.
-    """
-
-    type: Literal["Burgers"]
-    setting: str
-    partial: Literal["none", "control", "observation", "both"] = "none"
-    points: Annotated[int, Field(strict=True, ge=5)] | None = None
-    windows: Count | None = None
-    duration: Positive | None = None
-    viscosity: Positive | None = None
-    narrow: Positive | None = None
-    scale: Positive | None = None
-    seed: Index = 1
-    cases: Count = 50
-    refine: Count = 4
-
-
-class ControlTable(_Card):
-    """A cost to be low: mean squared distance from the target, and weight times the sum of the squared forcing.
-
-    The final state is the trajectory's own or, with `solver`, what a solver with `refine` cells in a control cell makes
-    of the forcing. The likelihood is exp(-J / temperature). Without a solver that is a Gaussian one of the target and
-    of no forcing; with `quadratic` it is handed over as such, so that samplers run which need linear measurements.
-    """
-
-    weight: NotNegative
-    temperature: Positive
-    solver: Flag = False
-    refine: Count = 2
-    quadratic: Flag = False
-
-    @model_validator(mode="after")
-    def _is_quadratic(self) -> Self:
-        """Check that a cost through the solver is not taken for a quadratic one."""
-        if self.quadratic and self.solver:
-            raise ValueError("the cost is quadratic without a solver alone; give quadratic or solver")
-        return self
-
-
-class SensorsTable(_Card):
-    """Sensors of the state in `count` cells, by index, or in all; read at the ends of windows `first` to `last`.
-
-    Number 0 is the initial state; every so-manieth is read.
-    """
-
-    count: Count | None = None
-    first: Index = 0
-    last: Index | None = None
-    every: Count = 1
-    noise_std: Positive
-
-
-class EquationCard(_Card):
-    """A problem of trajectories that obey a differential equation."""
-
-    name: str
-    version: Index
-    title: str
-    description: str
-    equation: BurgersTable
-    given: tuple[Literal["initial", "target", "state", "forcing"], ...]
-    control: ControlTable | None = None
-    sensors: SensorsTable | None = None
-
-    @model_validator(mode="after")
-    def _one_task(self) -> Self:
-        """Check that there is either something to reach or something measured."""
-        if (self.control is None) == (self.sensors is None):
-            raise ValueError("a problem of an equation has either a table control or a table sensors")
-        return self
-
-
-class DataFile(_Card):
+class DataFile(Table):
     """A file of a data set."""
 
     name: str
@@ -382,14 +297,14 @@ class DataFile(_Card):
     url: str | None = None
 
 
-class DataEntry(_Card):
+class DataEntry(Table):
     """A picture inside an installed package: its file, and the square (left, top, side) that is taken."""
 
     file: str
     box: tuple[Index, Index, Count]
 
 
-class DataCard(_Card):
+class DataCard(Table):
     """A data set: where it comes from, and how it is read."""
 
     name: str
@@ -424,7 +339,7 @@ MODELS: Mapping[str, type[Card]] = {"problems": ProblemCard, "data": DataCard}
 """Priors' cards are plain: `invdiff.priors.loading.read_card`."""
 
 
-_UNIONS = {"operator", "kernel", "mask", "noise", "prior"}
+_UNIONS = {"operator", "kernel", "mask", "noise", "prior", "equation"}
 
 
 def _explain(error: ValidationError) -> str:

@@ -53,7 +53,8 @@ def picture_problem(
     InvdiffError
         If the card, the picture or the operator's parameters are not what they should be.
     """
-    from invdiff.card_models import EquationCard, ProblemCard
+    from invdiff.card_equations import EquationCard
+    from invdiff.card_models import ProblemCard
 
     if request.noise is not None and "std" in noise:
         raise InputError("--noise and --set noise.std say the same thing; give one of them.")

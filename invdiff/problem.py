@@ -19,7 +19,8 @@ from invdiff.noise import Noise, stream_key
 from invdiff.operators.base import Operator, fingerprint
 
 if TYPE_CHECKING:
-    from invdiff.card_models import EquationCard, InstanceCard, ProblemCard
+    from invdiff.card_equations import EquationCard
+    from invdiff.card_models import InstanceCard, ProblemCard
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +186,8 @@ def load_problem(card: str | Path, index: int = 0, *, data: str | Path | None = 
     """
     settings = {name.replace("__", "."): value for name, value in overrides.items()}
     found = read_problem_card(card, settings)
-    from invdiff.card_models import EquationCard, InstanceCard
+    from invdiff.card_equations import EquationCard
+    from invdiff.card_models import InstanceCard
 
     if isinstance(found, InstanceCard):
         return instance_from_card(found, index)
@@ -347,11 +349,21 @@ def trajectory_problem_from_card(card: "EquationCard", index: int = 0, *, seed: 
     InputError
         If there is no such case, or the sensors do not fit the grid.
     """
+    from invdiff.card_equations import AdvectionTable, BurgersTable
     from invdiff.card_models import card_hash
-    from invdiff.pde.burgers_cards import burgers_case, burgers_cost, state_sensors
+    from invdiff.pde.advection_cards import advection_case
+    from invdiff.pde.burgers_cards import BurgersCase, burgers_case, burgers_cost
     from invdiff.pde.burgers_control import TrajectoryCost
+    from invdiff.pde.flow_cards import flow_case
+    from invdiff.pde.trajectory_cases import TrajectoryCase, state_sensors
 
-    case = burgers_case(card.equation, index)
+    case: BurgersCase | TrajectoryCase
+    if isinstance(card.equation, BurgersTable):
+        case = burgers_case(card.equation, index)
+    elif isinstance(card.equation, AdvectionTable):
+        case = advection_case(card.equation, index)
+    else:
+        case = flow_case(card.equation, index)
     about: dict[str, Any] = {
         "event": case.event,
         "given": {name: case.known[name] for name in card.given},
@@ -359,10 +371,11 @@ def trajectory_problem_from_card(card: "EquationCard", index: int = 0, *, seed: 
         "card": card.model_dump(mode="json") | {"index": index, "hash": card_hash(card)},
     }
     if card.sensors is not None:
-        sensors = state_sensors(card.sensors, case.setting, stream_key(0, card.name, index, "sensors"))
+        sensors = state_sensors(card.sensors, case.event, stream_key(0, card.name, index, "sensors"))
         noise = stream_key(seed, card.name, index)
         return Problem.simulate(sensors, case.truth, noise_std=card.sensors.noise_std, seed=noise, **about)
-    assert card.control is not None
+    # The card has checked that only what is forced is controlled.
+    assert card.control is not None and isinstance(case, BurgersCase)
     cost = burgers_cost(card.control, case, card.control.refine)
     J = TrajectoryCost(cost, solve=card.control.solver)
     T = card.control.temperature

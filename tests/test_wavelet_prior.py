@@ -108,6 +108,26 @@ def test_decoders_refuse_what_does_not_fit(unchecked):
         WaveletDecoder(W, scales=torch.zeros(()))
     with pytest.raises(ShapeError, match="offset of 'x' does not broadcast"):
         WaveletDecoder(W, offsets=torch.zeros(3))
+    with pytest.raises(ShapeError, match="do not hold equally many values"):
+        WaveletDecoder(W, out_shape=(8, 7))
+    with pytest.raises(ShapeError, match="Several variables come out flat"):
+        WaveletDecoder({"a": W, "b": W}, out_shape=(128,))
+
+
+def test_a_single_variable_may_have_no_channel():
+    W = WaveletTransform((1, 8, 6), "db2", mode="symmetric")
+    settings = {"scales": torch.tensor(0.5), "offsets": rand(*W.out_shape, seed=1)}
+    plain, decoder = WaveletDecoder(W, **settings), WaveletDecoder(W, **settings, out_shape=(8, 6))
+    check_operator(decoder)
+    z, x = rand(2, *decoder.in_shape), rand(2, 8, 6, seed=2)
+    assert torch.equal(decoder(z), plain(z)[:, 0])
+    assert torch.equal(decoder.inverse(x), plain.inverse(x[:, None]))
+    law = GaussianPrior(torch.zeros(8, 6, dtype=torch.float64), torch.eye(48, dtype=torch.float64))
+    prior = gaussian_wavelet_prior(law, decoder)
+    assert [v.shape for v in prior.event] == [(8, 6)]
+    name = prior.event[0].name
+    known = prior.condition({name: x[0]})  # the whole event is known, and nothing is left to a law
+    torch.testing.assert_close(known.decode(known.denoise(z[:1], 1.0)), x[:1])
 
 
 @pytest.mark.parametrize("mode", ["periodization", "symmetric"])

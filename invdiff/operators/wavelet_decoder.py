@@ -11,6 +11,7 @@ from invdiff.errors import CatalogueError, InputError, ShapeError
 from invdiff.operators.base import LinearOperator
 from invdiff.operators.composition import Shifted
 from invdiff.operators.diagonal import Diagonal
+from invdiff.operators.reshape import Reshape
 from invdiff.operators.stacking import stack
 from invdiff.operators.wavelet import InverseWaveletTransform, WaveletTransform
 from invdiff.operators.window import Window
@@ -46,7 +47,8 @@ class WaveletDecoder(Shifted):
     Raises
     ------
     ShapeError
-        If the coefficients do not fit the grid, or scales or offsets not the coefficients.
+        If the coefficients do not fit the grid, scales or offsets not the coefficients, or `out_shape` not the values
+        of the only variable.
     InputError
         If there is no transform, or a scale is not positive.
     CatalogueError
@@ -60,6 +62,7 @@ class WaveletDecoder(Shifted):
         *,
         scales: Mapping[str, Tensor] | Tensor | None = None,
         offsets: Mapping[str, Tensor] | Tensor | None = None,
+        out_shape: tuple[int, ...] | None = None,
     ) -> None:
         named = {"x": transforms} if isinstance(transforms, WaveletTransform) else dict(transforms)
         scales = {"x": scales} if isinstance(scales, Tensor) else dict(scales or {})
@@ -93,6 +96,11 @@ class WaveletDecoder(Shifted):
             linears.append(cast(LinearOperator, back @ scale @ window if name in scales else back @ window))
             shifts.append(back(offset[None])[0])
         single = len(linears) == 1
+        if out_shape is not None:
+            if not single:
+                raise ShapeError(f"Several variables come out flat; got out_shape={out_shape} for {list(named)}.")
+            linears[0] = cast(LinearOperator, Reshape(linears[0].out_shape, tuple(out_shape)) @ linears[0])
+            shifts[0] = shifts[0].reshape(out_shape)
         super().__init__(
             linears[0] if single else cast(LinearOperator, stack(linears)),
             shifts[0] if single else torch.cat([s.flatten() for s in shifts]),
@@ -105,7 +113,7 @@ class WaveletDecoder(Shifted):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the variables."""
+        """Shapes of the variables, those that their transforms take."""
         return tuple(W.in_shape for W in self._transforms)
 
     @property
@@ -126,7 +134,7 @@ class WaveletDecoder(Shifted):
     def inverse(self, x: Tensor) -> Tensor:
         r"""Latents of an event: (n, \*out_shape) -> (n, channels, \*grid); a right inverse, zero in the padding."""
         if len(self.names) == 1:
-            return self.encode(self.names[0], x)
+            return self.encode(self.names[0], x.reshape(-1, *self.shapes[0]))
         parts = torch.split(x, [prod(shape) for shape in self.shapes], 1)
         z = (self.encode(n, p.reshape(-1, *s)) for n, p, s in zip(self.names, parts, self.shapes, strict=True))
         return sum(z, next(z))

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invdiff.errors import InputError
+from invdiff.errors import CatalogueError, InputError
 from invdiff.event import Event, Variable
 from invdiff.noise import Noise, stream_key
 from invdiff.pde.advection import Advection
@@ -57,6 +57,19 @@ class AdvectionSetting:
                 "There is at least 1 wave, of number from 1 to below points / 2, and speed is finite; got "
                 f"waves={self.waves}, highest={self.highest}, points={self.points}, speed={self.speed}."
             )
+
+    @classmethod
+    def named(cls, name: str) -> "AdvectionSetting":
+        """Return a setting by name: "waves", the defaults, for there is no other yet.
+
+        Raises
+        ------
+        CatalogueError
+            If there is no such setting.
+        """
+        if name != "waves":
+            raise CatalogueError.unknown("setting of linear advection", name, ("waves",))
+        return cls()
 
     def solver(self) -> Advection:
         """Return a solver on this grid, exact for these cases."""

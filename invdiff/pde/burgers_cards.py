@@ -1,4 +1,4 @@
-"""Problems of Burgers' equation from cards: the case, its event, cost and sensors, and the judge of a forcing."""
+"""Problems of Burgers' equation from cards: the case, its event and cost, and the judge of a forcing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,14 +10,13 @@ from torch import Tensor
 
 from invdiff.errors import InputError
 from invdiff.event import Event
-from invdiff.noise import Noise
-from invdiff.operators.base import LinearOperator
-from invdiff.pde.burgers_control import BurgersCost, picked
+from invdiff.pde.burgers_control import BurgersCost
 from invdiff.pde.burgers_data import BurgersSetting, burgers_cases
+from invdiff.pde.trajectory_cases import only_case, replaced
 from invdiff.pde.trajectory_files import Axis, Trajectories
 
 if TYPE_CHECKING:
-    from invdiff.card_models import BurgersTable, ControlTable, SensorsTable
+    from invdiff.card_equations import BurgersTable, ControlTable
 
 _REPLACED = ("points", "windows", "duration", "viscosity", "narrow", "scale")
 
@@ -111,11 +110,8 @@ def burgers_case(card: "BurgersTable", index: int) -> BurgersCase:
     InputError
         If there is no case of that index.
     """
-    if not 0 <= index < card.cases:
-        raise InputError(f"The card has the cases 0 to {card.cases - 1}, got index {index}.")
-    own = {name: getattr(card, name) for name in _REPLACED if getattr(card, name) is not None}
-    setting = replace(BurgersSetting.named(card.setting, card.partial), **own)
-    one = range(index, index + 1)
+    one = only_case(card, index)
+    setting = replace(BurgersSetting.named(card.setting, card.partial), **replaced(card, _REPLACED))
     solved = burgers_trajectories(setting, one, seed=card.seed, refine=card.refine)
     state, forcing = (value[0] for value in solved.values.values())
     # The solver's first state is that of the case to rounding; who solves again must begin where it began.
@@ -134,38 +130,6 @@ def burgers_cost(card: "ControlTable", case: BurgersCase, refine: int) -> Burger
         observed=setting.observed,
         controlled=setting.controlled,
     )
-
-
-def state_sensors(card: "SensorsTable", setting: BurgersSetting, key: int) -> LinearOperator:
-    """Read states in some cells at the ends of some windows: flat events to (times * cells,), time by time.
-
-    Parameters
-    ----------
-    card
-        The card's section ``[sensors]``.
-    setting
-        Grid.
-    key
-        Of the stream that places the sensors, in different cells.
-
-    Raises
-    ------
-    InputError
-        If there are more sensors than cells, or nothing is read in the trajectory's time.
-    """
-    points, windows = setting.points, setting.windows
-    count, last = card.count or points, windows if card.last is None else card.last
-    times = range(card.first, last + 1, card.every)
-    if count > points or last > windows or not times:
-        raise InputError(
-            f"Sensors stand in at most {points} cells and are read at the ends of windows 0 to {windows}; got "
-            f"{count} sensors read from {card.first} to {last}."
-        )
-    noise = Noise([key], 1, dtype=torch.float64)
-    cells = noise.uniform(noise.slots, (points,))[0].argsort()[:count]
-    mask = torch.zeros(2 * windows + 1, points, dtype=torch.bool)
-    mask[torch.tensor(times)[:, None], cells] = True
-    return picked(mask)
 
 
 @final
@@ -205,19 +169,22 @@ def burgers_judge(card: Mapping[str, Any], forcing: Float[Tensor, "n windows poi
     Raises
     ------
     InputError
-        If the card is none of control.
+        If the card is none of control of Burgers' equation.
     ShapeError
         If the forcing does not have the grid's shape.
     SolverError
         If a forcing leads to a state that is not finite.
     """
-    from invdiff.card_models import EquationCard, validate
+    from invdiff.card_equations import BurgersTable, EquationCard
+    from invdiff.card_models import validate
 
     values = {name: value for name, value in card.items() if name not in ("index", "hash")}
     found = validate(values, "problems", "the problem's card")
-    if not isinstance(found, EquationCard) or found.control is None:
-        raise InputError(f"Problems of control are judged; {values.get('name')!r} is none.")
-    cost = burgers_cost(found.control, burgers_case(found.equation, int(card["index"])), found.equation.refine)
+    table = found.equation if isinstance(found, EquationCard) else None
+    control = found.control if isinstance(found, EquationCard) else None
+    if not isinstance(table, BurgersTable) or control is None:
+        raise InputError(f"Problems of control of Burgers' equation are judged; {values.get('name')!r} is none.")
+    cost = burgers_cost(control, burgers_case(table, int(card["index"])), table.refine)
     f = forcing.detach().double().cpu()
     with torch.no_grad():
         misfit, energy = cost.misfit(f), cost.energy(f)

@@ -185,16 +185,20 @@ class TrajectoryCost(nn.Module):
         return picked(mask), y, std
 
 
-def picked(mask: Bool[Tensor, "rows points"]) -> LinearOperator:
-    """Operator that picks values of flat trajectories, by row and point; diagonal in the standard basis.
+def picked(mask: Bool[Tensor, "rows points"], in_shape: tuple[int, ...] | None = None) -> LinearOperator:
+    """Operator that picks values of trajectories, by row and point; diagonal in the standard basis.
 
     Parameters
     ----------
     mask
-        Over the states' rows and then the forcing's, (2 windows + 1, points).
+        Over the rows of all variables, one variable after the other: for Burgers' equation the states' and then the
+        forcing's, (2 windows + 1, points).
+    in_shape
+        Of the trajectories, with as many values as the mask; flat if None.
     """
     size = mask.numel()
-    return cast(LinearOperator, Inpainting(mask.reshape(1, size), (1, 1, size)) @ Reshape((size,), (1, 1, size)))
+    flat = Reshape((size,) if in_shape is None else in_shape, (1, 1, size))
+    return cast(LinearOperator, Inpainting(mask.reshape(1, size), (1, 1, size)) @ flat)
 
 
 @final

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invdiff.errors import InputError
+from invdiff.errors import CatalogueError, InputError
+from invdiff.event import Event, Variable
 from invdiff.noise import Noise, stream_key
 from invdiff.pde.flow import CompressibleFlow, conserved, primitive
 
@@ -38,6 +39,8 @@ class ShockTubeSetting:
         As for `CompressibleFlow`. PDEBench has 1024 points.
     viscosity
         eta and zeta.
+    steps
+        Between two states, as for `CompressibleFlow`; if None as many as stability asks for.
     density, velocity, pressure, position
         Ranges of uniform laws.
 
@@ -52,6 +55,7 @@ class ShockTubeSetting:
     duration: float = 0.4
     gamma: float = 5.0 / 3.0
     viscosity: float = 1e-8
+    steps: int | None = None
     density: Range = (0.2, 2.0)
     velocity: Range = (-1.0, 1.0)
     pressure: Range = (0.5, 5.0)
@@ -73,10 +77,23 @@ class ShockTubeSetting:
                 f"less than {apart:.4g}."
             )
 
-    def solver(self) -> CompressibleFlow:
-        """Return a solver on this grid."""
+    @classmethod
+    def named(cls, name: str) -> "ShockTubeSetting":
+        """Return a setting by name: "shock-tubes", the defaults, for there is no other yet.
+
+        Raises
+        ------
+        CatalogueError
+            If there is no such setting.
+        """
+        if name != "shock-tubes":
+            raise CatalogueError.unknown("setting of compressible flow", name, ("shock-tubes",))
+        return cls()
+
+    def solver(self, refine: int = 1) -> CompressibleFlow:
+        """Return a solver on this grid, or on one with `refine` cells in each of its cells, and as many more steps."""
         return CompressibleFlow(
-            self.points,
+            refine * self.points,
             self.states,
             self.duration,
             gamma=self.gamma,
@@ -84,6 +101,21 @@ class ShockTubeSetting:
             zeta=self.viscosity,
             length=2.0,
             boundary="outflow",
+            steps=None if self.steps is None else refine * self.steps,
+        )
+
+    @property
+    def event(self) -> Event:
+        """The trajectory: `density`, `velocity` and `pressure` at all outputs, of averages in cells; without units.
+
+        Pressure is in units of density times velocity squared, whatever those are.
+        """
+        x = 2.0 * (torch.arange(self.points, dtype=torch.float64) + 0.5) / self.points - 1.0
+        times = torch.linspace(0.0, self.duration, self.states, dtype=torch.float64)
+        coords = {"time": tuple(times.tolist()), "x": tuple(x.tolist())}
+        return tuple(
+            Variable(name=name, dims=("time", "x"), shape=(self.states, self.points), coords=coords)
+            for name in ("density", "velocity", "pressure")
         )
 
 

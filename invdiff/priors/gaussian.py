@@ -159,7 +159,7 @@ class GaussianPrior(AnalyticPrior):
         C, free = self.covariance, ~known
         G = (
             torch.linalg.lstsq(C[known][:, known], C[known][:, free], driver="gelsd").solution.mT
-            if known.any()
+            if known.any() and free.any()
             else None
         )
         mean, covariance = value.clone(), torch.zeros_like(C)

@@ -66,7 +66,9 @@ class WaveletPrior(nn.Module):
         if tuple(prior.shape) != decoder.in_shape:
             raise ShapeError(f"The prior has shape {tuple(prior.shape)}, the decoder takes {decoder.in_shape}.")
         event = _plain(decoder) if event is None else tuple(event)
-        theirs = list(zip(decoder.names, decoder.shapes, strict=True))
+        # One variable may come out in another shape than its transform takes.
+        shapes = (decoder.out_shape,) if len(decoder.names) == 1 else decoder.shapes
+        theirs = list(zip(decoder.names, shapes, strict=True))
         ours = [(v.name, v.shape) for v in event]
         # Several variables stand flat behind one tensor, where an axis of one makes no difference.
         named = len(theirs) == 1 or [name for name, _ in ours] == [name for name, _ in theirs]
@@ -213,7 +215,7 @@ def _same(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def _plain(decoder: WaveletDecoder) -> Event:
     """Numbered axes, but for one picture."""
     if len(decoder.names) == 1:
-        return plain_event(decoder.shapes[0])
+        return plain_event(decoder.out_shape)
     return tuple(_numbered(name, shape) for name, shape in zip(decoder.names, decoder.shapes, strict=True))
 
 
